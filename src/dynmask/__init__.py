@@ -1,0 +1,66 @@
+"""Dynamic-mask sparse attention for long-context language models.
+
+An attention call asks a policy what matters; the policy answers with a mask; the mask is lowered
+to a plan; a kernel executes the plan; a model does this in every layer; an evaluation reports
+what it cost and what it kept.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from . import policies
+from .attention import attention
+
+# Not on first use: importing a submodule later would put the module in the function's place.
+from .calibrate import DamSettings, calibrate
+from .card import MaskCard
+from .masks import (
+    BlockMask,
+    LifetimeMask,
+    Mask,
+    PlacedMask,
+    Span,
+    StructuralMask,
+    spans_left_padded,
+    spans_packed,
+    spans_right_padded,
+)
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from .integrations.transformers import sparsify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockMask",
+    "DamSettings",
+    "LifetimeMask",
+    "Mask",
+    "MaskCard",
+    "PlacedMask",
+    "Plan",
+    "Span",
+    "StructuralMask",
+    "attention",
+    "calibrate",
+    "policies",
+    "spans_left_padded",
+    "spans_packed",
+    "spans_right_padded",
+    "sparsify",
+]
+
+_LATER = {
+    "sparsify": ".integrations.transformers",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load what needs more than torch when it is first asked for."""
+    if name not in _LATER:
+        raise AttributeError(f"module 'dynmask' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LATER[name], __name__), name)

@@ -1,0 +1,217 @@
+"""LifetimeMask: one integer per key says until when it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..kernels.select import lifetimes_of_top_w
+from ..plan import Plan, Tiles, compact, place
+from .base import Mask, check_index, check_same_size, check_sizes, repeat_heads
+
+
+@dataclass(frozen=True, eq=False)
+class LifetimeMask(Mask):
+    """Key k is visible to query q exactly when ``k <= q < death[k]``.
+
+    Whatever only ever evicts is a lifetime mask; a dead key is never read again, so its memory
+    can be freed, and the mask of a prefix is the prefix of the mask.
+
+    Args:
+        death: int32 [b or 1, heads or 1, keys]; ``LifetimeMask.INF`` for keys that never die.
+        queries: query rows, the last ones of the keys; all of them when None.
+        plain: set by :meth:`causal` alone: no key ever dies, known without looking at ``death``.
+    """
+
+    death: Tensor
+    queries: int = None  # type: ignore[assignment]
+    plain: bool = False
+
+    INF: ClassVar[int] = 2**31 - 1
+
+    def __post_init__(self) -> None:
+        check_index("death", self.death, 3, "[b, heads, keys]")
+        if self.queries is None:
+            object.__setattr__(self, "queries", self.death.shape[-1])
+        check_sizes(self.keys, self.queries)
+
+    @classmethod
+    def causal(
+        cls, keys: int, queries: int | None = None, device: torch.device | str = "cpu"
+    ) -> LifetimeMask:
+        """Plain causal attention: nothing ever dies."""
+        check_sizes(keys, keys if queries is None else queries)
+        death = torch.full((1, 1, 1), cls.INF, dtype=torch.int32, device=device)
+        return cls(death.expand(1, 1, keys), queries, plain=True)
+
+    @classmethod
+    def window(
+        cls,
+        keys: int,
+        width: int,
+        queries: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> LifetimeMask:
+        """Sliding window: each query reads its own key and the ``width - 1`` before it."""
+        return cls.streaming(keys, 0, width, queries, device=device)
+
+    @classmethod
+    def streaming(
+        cls,
+        keys: int,
+        sinks: int,
+        window: int,
+        queries: int | None = None,
+        first_key: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> LifetimeMask:
+        """StreamingLLM (arXiv 2309.17453): the first ``sinks`` keys and a window.
+
+        Args:
+            keys: keys in the tensor.
+            sinks: keys at the start of the sequence that never die, 0 or more.
+            window: newest keys that a query reads, its own counted, 1 or more.
+            queries: query rows; all keys when None.
+            first_key: position of the tensor's first key in its sequence (trimmed caches).
+            device: where the mask lives.
+        """
+        if sinks < 0 or window < 1:
+            raise ValueError(
+                f"streaming: expected sinks >= 0 and window >= 1, received sinks {sinks} and "
+                f"window {window}; a query always reads at least its own key"
+            )
+        k = torch.arange(keys, device=device)
+        death = (k + window).clamp(max=cls.INF).to(torch.int32)
+        death[: max(sinks - first_key, 0)] = cls.INF
+        return cls(death.view(1, 1, keys), queries)
+
+    @classmethod
+    def top_w(cls, scores: Tensor, width: int, queries: int | None = None) -> LifetimeMask:
+        """Exact running top-w (Dynamic Mask Attention, arXiv 2508.02124, section 3).
+
+        Query q reads the ``width`` highest-scoring keys among ``k <= q``; on a tie the later key
+        wins. A key that has left the top w never returns, so this is a lifetime mask.
+
+        Args:
+            scores: floating [b, heads, keys], one score per key and kv head.
+            width: keys that a query reads, 1 or more.
+            queries: query rows; all keys when None.
+
+        Raises:
+            ValueError: scores of another rank or type, NaN scores, or a width below 1.
+        """
+        if not isinstance(scores, Tensor) or scores.dim() != 3 or not scores.is_floating_point():
+            raise ValueError(
+                "scores: expected a floating tensor [b, heads, keys], received "
+                f"{getattr(scores, 'dtype', type(scores).__name__)} "
+                f"{tuple(getattr(scores, 'shape', ()))}; give one score per key and kv head"
+            )
+        if width < 1:
+            raise ValueError(f"width: expected 1 or more keys, received {width}")
+        if bool(scores.isnan().any()):
+            where = scores.isnan().nonzero()[0].tolist()
+            raise ValueError(
+                f"scores: expected numbers, received NaN, first at [b, head, key] = {where}; "
+                "look for an overflow where the scores are computed"
+            )
+        return cls(lifetimes_of_top_w(scores.float(), width), queries)
+
+    @property
+    def keys(self) -> int:  # type: ignore[override]
+        """Keys in the tensor."""
+        return self.death.shape[-1]
+
+    @property
+    def batch(self) -> int:
+        """Batch rows with lifetimes of their own."""
+        return self.death.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """Heads with lifetimes of their own."""
+        return self.death.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of ``death``."""
+        return self.death.device
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no key ever dies, as far as is known without looking at ``death``."""
+        return self.plain
+
+    def expand(self, batch: int) -> LifetimeMask:
+        """The same mask for ``batch`` batch rows."""
+        return LifetimeMask(self.death.expand(batch, -1, -1), self.queries, self.plain)
+
+    def dense(self, rows: tuple[int, int] | None = None) -> Tensor:
+        """bool [b, heads, rows, keys], straight from the definition."""
+        q = self._positions(self._range(rows))
+        k = torch.arange(self.keys, device=self.device)
+        return (k <= q) & (q < self.death[:, :, None, :])
+
+    def density(self) -> Tensor:
+        """Kept pairs over causal pairs: float32 [b, heads]."""
+        k = torch.arange(self.keys, device=self.device)
+        rows = self.death.clamp(max=self.keys).long() - k.clamp(min=self.offset)
+        return rows.clamp(min=0).sum(-1) / self.causal_pairs()
+
+    def __or__(self, other: Mask) -> Mask:
+        """Union: with another lifetime mask, the later death of each key."""
+        if not isinstance(other, LifetimeMask):
+            return super().__or__(other)
+        return self._combine(other, torch.maximum)
+
+    def __and__(self, other: LifetimeMask) -> LifetimeMask:
+        """Intersection: the earlier death of each key."""
+        return self._combine(other, torch.minimum)
+
+    def _combine(self, other: LifetimeMask, choose) -> LifetimeMask:  # noqa: ANN001
+        check_same_size(self, other)
+        heads = max(self.heads, other.heads)
+        death = choose(repeat_heads(self.death, heads), repeat_heads(other.death, heads))
+        return LifetimeMask(
+            death, self.queries, choose is torch.minimum and self.plain and other.plain
+        )
+
+    def lower_tiles(self, tiles: Tiles) -> Plan:
+        """Key lists per tile: keys that live through the tile first, then those born or dying."""
+        alive = self._alive(tiles.first, tiles.stop)  # [b, heads, n], padded with `keys`
+        t = len(tiles) // self.batch
+        death = self.death.gather(-1, alive.clamp(max=self.keys - 1))[:, :, None]
+        alive = alive[:, :, None]
+        first = tiles.position[:t, None].long()
+        stop = first + tiles.rows[:t, None]
+        some = (alive < stop) & (death > first) & (death > alive)
+        full = some & (alive <= first) & (death >= stop)
+        slot, fulls, count = compact(alive, full, some & ~full)
+        cap = int(count.max())
+        index = place(alive.int(), slot, cap, 0)
+
+        def flat(x: Tensor) -> Tensor:  # [b, heads, t, ...] -> [heads, b * t, ...]
+            return x.transpose(0, 1).flatten(1, 2).contiguous()
+
+        return Plan(
+            batch=tiles.batch,
+            row=tiles.row,
+            rows=tiles.rows,
+            position=tiles.position,
+            index=flat(index),
+            full=flat(fulls),
+            count=flat(count),
+            tile=tiles.size,
+            shape=(self.batch, self.queries, self.keys),
+            death=None if self.plain else self.death,
+        )
+
+    def _alive(self, first: int, stop: int) -> Tensor:
+        """Keys that a query of [first, stop) reads: int64 [b, heads, n], padded with ``keys``."""
+        k = torch.arange(stop, device=self.device)
+        death = self.death[..., :stop]
+        seen = (death > k) & (death > first)
+        slot, _, count = compact(k, seen, torch.zeros_like(seen))
+        return place(k, slot, int(count.max()), self.keys)

@@ -1,0 +1,298 @@
+"""StructuralMask: diagonals and verticals per head, and the true mask of the first positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..plan import NO_KEY, WORD, Entries, Plan, Tiles, pack_rows
+from .base import Mask, check_index, check_same_size, check_sizes, repeat_heads
+from .lifetime import LifetimeMask
+
+
+@dataclass(frozen=True, eq=False)
+class StructuralMask(Mask):
+    """Index sets instead of an S x S table (DAM, arXiv 2506.11104, section 3).
+
+    Row q (a position) below L reads what its row of the true mask says. Every other row reads k
+    where ``q - k`` is a diagonal or ``k`` a vertical. Every row reads its own key.
+
+    Args:
+        diagonals: int32 [b or 1, heads, D], offsets ``q - k`` in ascending order, -1 at the end
+            as padding.
+        verticals: int32 [b or 1, heads, V], positions of columns, likewise.
+        keys: keys in the tensor.
+        queries: query rows, the last ones of the keys; all of them when None.
+        true_mask: bool [heads, L, L] or None.
+        first_key: position of the tensor's first key in its sequence (trimmed caches).
+        limit: intersection with this lifetime mask.
+    """
+
+    diagonals: Tensor
+    verticals: Tensor
+    keys: int
+    queries: int = None  # type: ignore[assignment]
+    true_mask: Tensor | None = None
+    first_key: int = 0
+    limit: LifetimeMask | None = None
+
+    tile: ClassVar[int] = 64
+
+    def __post_init__(self) -> None:
+        if self.queries is None:
+            object.__setattr__(self, "queries", self.keys)
+        check_sizes(self.keys, self.queries)
+        for name in ("diagonals", "verticals"):
+            x = getattr(self, name)
+            check_index(name, x, 3, "[b, heads, n]")
+            _check_sorted(name, x)
+        if self.diagonals.shape[:2] != self.verticals.shape[:2]:
+            raise ValueError(
+                "diagonals and verticals: expected the same [b, heads], received "
+                f"{tuple(self.diagonals.shape[:2])} and {tuple(self.verticals.shape[:2])}"
+            )
+        m = self.true_mask
+        if m is not None and (
+            m.dtype != torch.bool
+            or m.dim() != 3
+            or m.shape[0] != self.heads
+            or m.shape[1] != m.shape[2]
+        ):
+            raise ValueError(
+                f"true_mask: expected bool [heads, L, L] with {self.heads} heads, received "
+                f"{m.dtype} {tuple(m.shape)}"
+            )
+
+    @property
+    def batch(self) -> int:
+        """Batch rows with patterns of their own."""
+        return max(self.diagonals.shape[0], 1 if self.limit is None else self.limit.batch)
+
+    @property
+    def heads(self) -> int:
+        """Heads with patterns of their own."""
+        return self.diagonals.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the index sets."""
+        return self.diagonals.device
+
+    @property
+    def length(self) -> int:
+        """L: positions below it are ruled by the true mask."""
+        return 0 if self.true_mask is None else self.true_mask.shape[-1]
+
+    def expand(self, batch: int) -> StructuralMask:
+        """The same mask for ``batch`` batch rows."""
+        return replace(
+            self,
+            diagonals=self.diagonals.expand(batch, -1, -1),
+            verticals=self.verticals.expand(batch, -1, -1),
+        )
+
+    def dense(self, rows: tuple[int, int] | None = None) -> Tensor:
+        """bool [b, heads, rows, keys], straight from the definition."""
+        q = self._positions(self._range(rows))
+        k = torch.arange(self.keys, device=self.device)
+        causal = k <= q
+        diagonal = (
+            self._is_diagonal()
+            .gather(-1, (q - k).clamp(min=0).flatten().expand(*self.diagonals.shape[:2], -1))
+            .unflatten(-1, causal.shape)
+        )
+        out = causal & (diagonal | self._is_vertical()[:, :, None, :])
+        if self.true_mask is not None:
+            head = (q[:, 0] + self.first_key) < self.length
+            out[:, :, head] = causal[head] & self._true_rows(q[head, 0])
+        if self.limit is not None:
+            first = int(q[0]) - self.offset
+            out = out & repeat_heads(self.limit.dense((first, first + len(q))), 1)
+        return out
+
+    def __or__(self, other: Mask) -> Mask:
+        """Union: with another structural mask of the same L, the union of the index sets."""
+        if not isinstance(other, StructuralMask) or (
+            (self.length, self.first_key) != (other.length, other.first_key)
+            or self.limit is not None
+            or other.limit is not None
+        ):
+            return super().__or__(other)
+        check_same_size(self, other)
+        heads = max(self.heads, other.heads)
+        true_mask = None
+        if self.true_mask is not None and other.true_mask is not None:
+            true_mask = (
+                repeat_heads(self.true_mask[None], heads)[0]
+                | repeat_heads(other.true_mask[None], heads)[0]
+            )
+        return replace(
+            self,
+            diagonals=_union(self.diagonals, other.diagonals, heads),
+            verticals=_union(self.verticals, other.verticals, heads),
+            true_mask=true_mask,
+        )
+
+    def __and__(self, other: LifetimeMask) -> StructuralMask:
+        """Intersection with a lifetime mask."""
+        check_same_size(self, other)
+        if other.heads not in (1, self.heads):
+            raise ValueError(
+                f"limit: expected 1 or {self.heads} heads, received {other.heads}; "
+                "a structural mask is limited for all heads at once or for each of its own"
+            )
+        return replace(self, limit=other if self.limit is None else self.limit & other)
+
+    def union_heads(self, groups: int) -> StructuralMask:
+        """One pattern for each kv head: the union over the query heads of its group.
+
+        What a kv head's group never reads can be dropped from its cache; what one of its heads
+        reads cannot.
+        """
+        members = self.heads // groups
+        if groups < 1 or self.heads % groups:
+            raise ValueError(
+                f"groups: expected a divisor of the {self.heads} heads, received {groups}"
+            )
+        if members == 1:
+            return self
+
+        def member(i: int) -> StructuralMask:
+            pick = slice(i, None, members)
+            return replace(
+                self,
+                diagonals=self.diagonals[:, pick],
+                verticals=self.verticals[:, pick],
+                true_mask=None if self.true_mask is None else self.true_mask[pick],
+            )
+
+        out = member(0)
+        for i in range(1, members):
+            out = out | member(i)  # type: ignore[assignment]
+        return out
+
+    def borders(self, first: int, stop: int) -> Iterable[int]:
+        """The first position that the true mask no longer rules."""
+        return (self.length - self.first_key,)
+
+    def lower_tiles(self, tiles: Tiles) -> Plan:
+        """Key lists per tile: verticals and broad bands first, single diagonals as boundary."""
+        entries = self._pattern_entries(tiles)
+        if tiles.first < self.length - self.first_key:
+            entries = entries | self._true_entries(tiles)
+        if self.limit is not None:
+            death = self.limit.death.expand(self.batch, -1, -1)
+            entries = entries.limit(death, tiles)
+        return entries.plan(tiles, (self.batch, self.queries, self.keys))
+
+    def _pattern_entries(self, tiles: Tiles) -> Entries:
+        """Diagonals and verticals; tiles ruled by the true mask get none.
+
+        Seen from the first row of a tile, a diagonal always covers the same key offsets, so the
+        bits of an offset are worked out once for all tiles.
+        """
+        size, words = tiles.size, -(-tiles.size // WORD)
+        b, heads = self.diagonals.shape[:2]
+        is_diagonal = torch.nn.functional.pad(self._is_diagonal(), (size - 1, size))
+        seen = is_diagonal.long().cumsum(-1)
+        some = seen[..., size - 1 :] - torch.nn.functional.pad(seen, (1, 0))[..., :-size]
+        cap = max(int((some > 0).sum(-1).max()), 1)
+        # offset of an entry: position of the tile's first row minus the key, descending
+        width = some.shape[-1]
+        offset = torch.arange(width, device=self.device).expand(b, heads, width)
+        offset = offset.masked_fill(some == 0, -1).topk(cap, -1).values
+        rows = torch.arange(size, device=self.device)
+        gather = (offset.clamp(min=0)[..., None] + rows).flatten(-2)
+        bits = is_diagonal.gather(-1, gather).unflatten(-1, (cap, size)) & (offset >= 0)[..., None]
+        packed = pack_rows(bits)  # [b, heads, cap, words]
+
+        t = len(tiles) // self.batch
+        first = tiles.position[:t].long()
+        every = torch.arange(size, device=self.device) < tiles.rows[:t, None]
+        ruled = first + self.first_key >= self.length
+        every = pack_rows(every & ruled[:, None])
+        keys = first[:, None] - (offset[:, :, None] - (size - 1))
+        last = first[:, None] + tiles.rows[:t, None]
+        ok = (offset[:, :, None] >= 0) & (keys >= 0) & (keys < last)
+        keys = keys.masked_fill(~ok, NO_KEY)
+        causal = first[:, None, None] + rows >= keys[..., None]
+        diagonal = packed[:, :, None] & every[:, None] & pack_rows(causal)
+        column = self.verticals[:, :, None].long() - self.first_key
+        column = column.expand(b, heads, t, -1)
+        column = column.masked_fill((column < 0) | (column >= last), NO_KEY)
+        below = first[:, None, None] + rows >= column[..., None]
+        vertical = pack_rows(below) & every[:, None]
+
+        def flat(x: Tensor) -> Tensor:
+            x = x.expand(self.batch, *x.shape[1:])
+            return x.transpose(0, 1).flatten(1, 2)
+
+        return Entries.sort(
+            flat(torch.cat([keys, column], -1)).int(),
+            flat(torch.cat([diagonal.expand(b, heads, t, cap, words), vertical], 3)).contiguous(),
+        )
+
+    def _true_entries(self, tiles: Tiles) -> Entries:
+        """The true mask's keys for tiles below L."""
+        border = self.length - self.first_key
+        rows = tiles.position[:, None].long() + torch.arange(tiles.size, device=self.device)
+        inside = (rows < border) & (
+            torch.arange(tiles.size, device=self.device) < tiles.rows[:, None]
+        )
+        keys = torch.arange(min(border, self.keys), device=self.device)
+        seen = self._true_rows(rows.clamp(max=border - 1).flatten())[..., : len(keys)]
+        seen = seen.unflatten(1, rows.shape) & inside[..., None]  # [heads, t, tile, keys]
+        seen &= keys <= rows[..., None]
+        words = pack_rows(seen.transpose(-1, -2))
+        return Entries.sort(keys.int().expand(*words.shape[:-1]), words)
+
+    def _true_rows(self, key_index: Tensor) -> Tensor:
+        """Rows of the true mask for rows given by key index: bool [heads, rows, keys]."""
+        assert self.true_mask is not None
+        m = self.true_mask | torch.eye(self.length, dtype=torch.bool, device=self.device)
+        m = m[:, key_index + self.first_key, self.first_key :]
+        return torch.nn.functional.pad(m, (0, max(self.keys - m.shape[-1], 0)))[..., : self.keys]
+
+    def _is_diagonal(self) -> Tensor:
+        """bool [b, heads, keys], by offset; the own key always."""
+        out = _table(self.diagonals, self.keys)
+        out[..., 0] = True
+        return out
+
+    def _is_vertical(self) -> Tensor:
+        """bool [b, heads, keys], by key index."""
+        return _table(self.verticals - self.first_key, self.keys)
+
+
+def _table(index: Tensor, size: int) -> Tensor:
+    """Sets of indices as bool [b, heads, size]; what is out of range is dropped."""
+    ok = (index >= 0) & (index < size)
+    out = torch.zeros(*index.shape[:2], size + 1, dtype=torch.bool, device=index.device)
+    return out.scatter_(-1, index.masked_fill(~ok, size).long(), True)[..., :size]
+
+
+def _union(a: Tensor, b: Tensor, heads: int) -> Tensor:
+    """Union of -1 padded index sets."""
+    batch = max(a.shape[0], b.shape[0])
+    both = torch.cat([repeat_heads(x, heads).expand(batch, heads, -1) for x in (a, b)], -1).long()
+    both = both.masked_fill(both < 0, NO_KEY).sort(-1).values
+    both[..., 1:].masked_fill_(both[..., 1:] == both[..., :-1], NO_KEY)
+    both = both.sort(-1).values
+    return both.masked_fill(both == NO_KEY, -1).int()
+
+
+def _check_sorted(name: str, x: Tensor) -> None:
+    """Ascending, no value twice, -1 only at the end."""
+    if x.numel() == 0:
+        return
+    if int(x.min()) < -1:
+        raise ValueError(
+            f"{name}: expected offsets >= 0 and -1 as padding, received {int(x.min())}"
+        )
+    a, b = x[..., :-1], x[..., 1:]
+    if not bool(((b == -1) | ((a != -1) & (b > a))).all()):
+        raise ValueError(f"{name}: expected ascending values with -1 at the end; sort them first")

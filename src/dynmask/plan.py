@@ -1,0 +1,343 @@
+"""Plan: what a kernel executes, the lowered form of a mask.
+
+A plan cuts the query rows into tiles and lists, for every (head, tile), the keys that the tile
+reads: first those that every row of the tile sees (no masking needed), then the boundary, where
+one element rule decides. Its size follows the kept keys, never rows x keys, and a mask can be
+lowered a range of rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+WORD = 32
+"""Rows of a tile that one int32 of a bit rule describes."""
+
+NO_KEY = 2**31 - 1
+"""Padding in key lists: sorts after every key."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Key lists of every (head, query tile), and one element rule for their boundary.
+
+    Shapes: ``t`` tiles (of all batch rows), ``heads`` is 1, the kv heads or the query heads.
+
+    Attributes:
+        batch: int32 [t], batch row of the tile.
+        row: int32 [t], first query row.
+        rows: int32 [t], query rows of the tile, 1 to ``tile``.
+        position: int32 [t], key index of the first row itself (bottom-right aligned).
+        index: int32 [heads, t, cap], first key of each entry: the ``full`` entries in ascending
+            order, then the boundary entries in ascending order, then padding.
+        full: int32 [heads, t], entries that every row of the tile sees whole.
+        count: int32 [heads, t], entries in all.
+        tile: largest number of rows of a tile.
+        shape: (batch rows, query rows, keys) of the tensors that the plan is for.
+        block: keys of one entry. The last entry may reach past the last key.
+        death: int32 [b, heads, keys] or None. Element rule ``k <= q < death[k]``.
+        bits: int32 [heads, t, boundary, ceil(tile / 32)] or None. Element rule: bit i of entry j says
+            whether row i of the tile sees the j-th boundary key (``block`` is 1).
+
+    With neither ``death`` nor ``bits`` the element rule is causal, ``k <= q``.
+    """
+
+    batch: Tensor
+    row: Tensor
+    rows: Tensor
+    position: Tensor
+    index: Tensor
+    full: Tensor
+    count: Tensor
+    tile: int
+    shape: tuple[int, int, int]
+    block: int = 1
+    death: Tensor | None = None
+    bits: Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        """Heads that have lists of their own: 1, the kv heads or the query heads."""
+        return self.index.shape[0]
+
+    @property
+    def tiles(self) -> int:
+        """Tiles, those of all batch rows together."""
+        return self.index.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the lists."""
+        return self.index.device
+
+    def boundary(self, head: int, t: int) -> tuple[Tensor, Tensor]:
+        """Keys of a tile's boundary and which of its rows see them.
+
+        Returns:
+            keys: int64 [n], may hold keys past the last one (then no row sees them).
+            seen: bool [rows of the tile, n].
+        """
+        full, count = int(self.full[head, t]), int(self.count[head, t])
+        rows, position = int(self.rows[t]), int(self.position[t])
+        keys = self.index[head, t, full:count].long()
+        if self.bits is not None:
+            return keys, unpack_rows(self.bits[head, t, : count - full], rows).T
+        if self.block > 1:
+            keys = (keys[:, None] + torch.arange(self.block, device=self.device)).flatten()
+        query = torch.arange(position, position + rows, device=self.device)[:, None]
+        seen = (keys <= query) & (keys < self.shape[2])
+        if self.death is not None:
+            death = self.death[int(self.batch[t]), head]
+            seen &= query < death[keys.clamp(max=self.shape[2] - 1)]
+        return keys, seen
+
+    def dense(self) -> Tensor:
+        """The pairs that the plan computes: bool [b, heads, query rows, keys]."""
+        b, queries, keys = self.shape
+        out = torch.zeros(b, self.heads, queries, keys, dtype=torch.bool, device=self.device)
+        span = torch.arange(self.block, device=self.device)
+        for t in range(self.tiles):
+            rows = slice(int(self.row[t]), int(self.row[t] + self.rows[t]))
+            for head in range(self.heads):
+                tile = out[int(self.batch[t]), head, rows]
+                whole = self.index[head, t, : int(self.full[head, t])].long()
+                tile[:, (whole[:, None] + span).flatten()] = True
+                listed, seen = self.boundary(head, t)
+                inside = listed < keys
+                tile[:, listed[inside]] |= seen[:, inside]
+        return out
+
+    def kept(self) -> Tensor:
+        """Visible pairs per batch row and head: int64 [b, heads]."""
+        total = torch.zeros(self.shape[0], self.heads, dtype=torch.int64, device=self.device)
+        whole = self.full.long() * self.block * self.rows.long()
+        total.index_add_(0, self.batch.long(), whole.T.contiguous())
+        for t in range(self.tiles):
+            for head in range(self.heads):
+                total[int(self.batch[t]), head] += self.boundary(head, t)[1].sum()
+        return total
+
+    def work(self) -> Tensor:
+        """Pairs that a kernel computes, boundary entries whole: int64 [heads]."""
+        return (self.count.long() * self.block * self.rows.long()).sum(-1)
+
+    def expand_heads(self, heads: int) -> Plan:
+        """The same plan with its lists repeated for ``heads`` heads (grouped order)."""
+        if heads == self.heads:
+            return self
+        times = heads // self.heads
+
+        def repeat(x: Tensor, dim: int) -> Tensor:
+            return x.repeat_interleave(times, dim)
+
+        return replace(
+            self,
+            index=repeat(self.index, 0),
+            full=repeat(self.full, 0),
+            count=repeat(self.count, 0),
+            death=None if self.death is None else repeat(self.death, 1),
+            bits=None if self.bits is None else repeat(self.bits, 0),
+        )
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How query rows of every batch row are cut into tiles (batch-major).
+
+    ``first`` and ``stop`` are the range of positions that the tiles cover, on the host.
+    """
+
+    batch: Tensor
+    row: Tensor
+    rows: Tensor
+    position: Tensor
+    size: int
+    first: int
+    stop: int
+
+    @classmethod
+    def cut(
+        cls,
+        batch: int,
+        rows: tuple[int, int],
+        offset: int,
+        size: int,
+        device: torch.device,
+        borders: Iterable[int] = (),
+    ) -> Tiles:
+        """Cut rows [rows[0], rows[1]) into tiles of at most ``size`` rows.
+
+        Args:
+            batch: batch rows.
+            rows: range of query rows.
+            offset: key index of query row 0.
+            size: largest tile.
+            device: where the table lives.
+            borders: positions that no tile straddles; a tile starts anew at each.
+        """
+        first, stop = rows[0] + offset, rows[1] + offset
+        cuts = [first, *sorted({x for x in borders if first < x < stop}), stop]
+        starts = torch.cat([torch.arange(a, b, size) for a, b in pairwise(cuts)])
+        stops = torch.cat([starts[1:], torch.tensor([stop])])
+        n = len(starts)
+        return cls(
+            batch=torch.arange(batch, dtype=torch.int32).repeat_interleave(n).to(device),
+            row=(starts - offset).int().repeat(batch).to(device),
+            rows=(stops - starts).int().repeat(batch).to(device),
+            position=starts.int().repeat(batch).to(device),
+            size=size,
+            first=first,
+            stop=stop,
+        )
+
+    def __len__(self) -> int:
+        return self.row.shape[0]
+
+    @property
+    def each(self) -> int:
+        """Tiles of one batch row."""
+        return len(self) // max(int(self.batch[-1]) + 1, 1)
+
+
+def pack_rows(seen: Tensor) -> Tensor:
+    """Pack bool [..., rows] into int32 [..., ceil(rows / 32)], row i in bit i % 32 of its word."""
+    if seen.shape[-1] % WORD:
+        seen = torch.nn.functional.pad(seen, (0, -seen.shape[-1] % WORD))
+    words = seen.unflatten(-1, (-1, WORD)).to(torch.int64)
+    shift = torch.arange(WORD, device=seen.device)
+    packed = (words << shift).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def unpack_rows(words: Tensor, rows: int) -> Tensor:
+    """Inverse of :func:`pack_rows`: bool [..., rows]."""
+    shift = torch.arange(WORD, device=words.device, dtype=torch.int32)
+    return ((words[..., None] >> shift) & 1).bool().flatten(-2)[..., :rows]
+
+
+def row_words(tiles: Tiles) -> Tensor:
+    """The bits of a key that every row of its tile sees: int32 [t, ceil(tile / 32)]."""
+    return pack_rows(torch.arange(tiles.size, device=tiles.rows.device) < tiles.rows[:, None])
+
+
+def compact(keys: Tensor, full: Tensor, partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lists of the flagged keys, the full ones first, each part in the order of ``keys``.
+
+    Args:
+        keys: int [..., n].
+        full, partial: bool [..., n], disjoint.
+
+    Returns:
+        slot: int64 [..., n], place of each key in its list; ``cap`` where it is in none.
+        full count and total count: int32 [...].
+    """
+    fulls = full.sum(-1, dtype=torch.int32)
+    count = fulls + partial.sum(-1, dtype=torch.int32)
+    cap = int(count.max()) if count.numel() else 0
+    slot = torch.where(full, full.cumsum(-1), fulls[..., None] + partial.cumsum(-1)) - 1
+    slot = torch.where(full | partial, slot, torch.full_like(slot, cap))
+    return slot, fulls, count
+
+
+def place(values: Tensor, slot: Tensor, cap: int, fill: int) -> Tensor:
+    """Scatter ``values`` [..., n] to the slots of :func:`compact`: [..., cap]."""
+    out = torch.full((*slot.shape[:-1], cap + 1), fill, dtype=values.dtype, device=values.device)
+    return out.scatter_(-1, slot, values.expand(slot.shape))[..., :cap]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Keys of every (head, tile) with the rows that see them: what unions and limits work on.
+
+    Attributes:
+        keys: int32 [heads, t, n], ascending, padded with ``NO_KEY``.
+        words: int32 [heads, t, n, ceil(tile / 32)], 0 for padding.
+    """
+
+    keys: Tensor
+    words: Tensor
+
+    @classmethod
+    def of(cls, plan: Plan) -> Entries:
+        """Entries of a plan, key blocks spelled out."""
+        rows = torch.arange(plan.tile, device=plan.device)
+        every = pack_rows(rows < plan.rows[:, None])
+        cap = max(int(plan.count.max()) * plan.block, 1)
+        keys = torch.full((plan.heads, plan.tiles, cap), NO_KEY, device=plan.device)
+        words = every.new_zeros(*keys.shape, every.shape[-1])
+        span = torch.arange(plan.block, device=plan.device)
+        for head in range(plan.heads):
+            for t in range(plan.tiles):
+                whole = plan.index[head, t, : int(plan.full[head, t])].long()
+                whole = (whole[:, None] + span).flatten()
+                edge, seen = plan.boundary(head, t)
+                seen = torch.nn.functional.pad(seen.T, (0, plan.tile - seen.shape[0]))
+                n = len(whole) + len(edge)
+                keys[head, t, :n] = torch.cat([whole, edge])
+                words[head, t, : len(whole)] = every[t]
+                words[head, t, len(whole) : n] = pack_rows(seen)
+        return cls.sort(keys.int(), words)
+
+    @classmethod
+    def sort(cls, keys: Tensor, words: Tensor) -> Entries:
+        """Sort by key and drop keys that no row sees; a key may stand twice, its rows merge."""
+        keys, words = _sort(keys.masked_fill((words == 0).all(-1), NO_KEY), words)
+        twin = (keys[..., 1:] == keys[..., :-1]) & (keys[..., 1:] != NO_KEY)
+        if bool(twin.any()):
+            merged = words.clone()
+            merged[:, :, 1:] |= words[:, :, :-1].masked_fill(~twin[..., None], 0)
+            merged[:, :, :-1].masked_fill_(twin[..., None], 0)
+            keys[..., :-1].masked_fill_(twin, NO_KEY)
+            keys, words = _sort(keys, merged)
+        cap = max(int((keys != NO_KEY).sum(-1).max()), 1)
+        return cls(keys[..., :cap], words[:, :, :cap])
+
+    def __or__(self, other: Entries) -> Entries:
+        """Keys of either, seen by the rows that see them in either."""
+        return Entries.sort(
+            torch.cat([self.keys, other.keys], -1), torch.cat([self.words, other.words], 2)
+        )
+
+    def limit(self, death: Tensor, tiles: Tiles) -> Entries:
+        """Only pairs with ``q < death[k]``; ``death`` int32 [b, 1 or heads, keys]."""
+        rows = tiles.position[:, None] + torch.arange(tiles.size, device=self.keys.device)
+        heads = self.keys.shape[0]
+        key = self.keys.clamp(max=death.shape[-1] - 1).long()
+        head = torch.arange(heads, device=key.device)[:, None, None]
+        ends = death.expand(-1, heads, -1)[tiles.batch.long()[None, :, None], head, key]
+        words = self.words & pack_rows(rows[None, :, None, :] < ends[..., None])
+        return Entries.sort(self.keys, words)
+
+    def plan(self, tiles: Tiles, shape: tuple[int, int, int]) -> Plan:
+        """The plan of these entries, with the bit rule for its boundary."""
+        every = row_words(tiles)[None, :, None, :]
+        some = (self.words != 0).any(-1)
+        full = some & (self.words == every).all(-1)
+        slot, fulls, count = compact(self.keys, full, some & ~full)
+        cap = int(count.max()) if count.numel() else 0
+        edge = slot - fulls[..., None]
+        width = int((count - fulls).max()) if count.numel() else 0
+        edge = torch.where((slot < cap) & (edge >= 0), edge, torch.full_like(edge, width))
+        bits = torch.stack([place(word, edge, width, 0) for word in self.words.unbind(-1)], -1)
+        return Plan(
+            batch=tiles.batch,
+            row=tiles.row,
+            rows=tiles.rows,
+            position=tiles.position,
+            index=place(self.keys, slot, cap, 0),
+            full=fulls,
+            count=count,
+            tile=tiles.size,
+            shape=shape,
+            bits=bits,
+        )
+
+
+def _sort(keys: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    keys, order = keys.sort(dim=-1, stable=True)
+    return keys, words.gather(2, order[..., None].expand_as(words))

@@ -1,0 +1,62 @@
+"""What every policy has in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from ..masks import Mask
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Which attention call a policy is asked about.
+
+    Attributes:
+        index: number of the layer, from 0.
+        first_key: position of the first key in its sequence; above 0 where a sliding-window
+            cache has dropped older keys.
+    """
+
+    index: int
+    first_key: int = 0
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Decides what matters.
+
+    Attributes:
+        name: as on the command line and in tables.
+        causal: whether row i's choice depends on tokens up to i alone; then prefill, chunked
+            prefill and decoding agree.
+        phase: "both", or "prefill" for a policy that is not asked while single tokens are
+            decoded (dense causal attention then).
+    """
+
+    name: ClassVar[str]
+    causal: ClassVar[bool]
+    phase: ClassVar[Literal["both", "prefill"]]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Mask:
+        """The mask of one attention call: query [b, h, q, d], key and value [b, g, k, d]."""
+        ...
+
+    def check(self, layers: int, heads: int, kv_heads: int) -> None:
+        """Raise ValueError when the policy does not fit a model of this shape."""
+        ...
+
+
+class AnyModel:
+    """For policies that fit every model."""
+
+    def check(self, layers: int, heads: int, kv_heads: int) -> None:
+        """Fits every model."""
+
+
+def check_field(policy: str, name: str, value: float, ok: bool, expected: str) -> None:
+    """Raise ValueError unless a field of a policy is in range."""
+    if not ok:
+        raise ValueError(f"{policy}: expected {name} {expected}, received {value}")

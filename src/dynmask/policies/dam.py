@@ -1,0 +1,84 @@
+"""DAM: diagonals and verticals calibrated on a frozen model's mean attention maps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..masks import StructuralMask
+from .base import Layer
+
+if TYPE_CHECKING:
+    from ..card import MaskCard
+
+
+@dataclass(frozen=True, eq=False)
+class Dam:
+    """Dynamic Attention Mask (arXiv 2506.11104, section 3), stage 2: apply a calibrated card.
+
+    Positions below the card's L read what the true mask says; later ones read the kept diagonals
+    and verticals. The mask does not look at the input.
+
+    Args:
+        card: from ``dynmask.calibrate``.
+        share_group: one pattern for each kv head, the union over its query heads, so that keys
+            which the group never reads again can be dropped.
+    """
+
+    card: MaskCard
+    share_group: bool = False
+
+    name: ClassVar[str] = "dam"
+    causal: ClassVar[bool] = True
+    phase: ClassVar[Literal["both", "prefill"]] = "both"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_layers", {})
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(layers, heads, kv heads) of the model that the card is for."""
+        model = self.card.header["model"]
+        return model["layers"], model["heads"], model["kv_heads"]
+
+    def check(self, layers: int, heads: int, kv_heads: int) -> None:
+        """Raise ValueError unless the card is for a model of this shape."""
+        if self.shape != (layers, heads, kv_heads):
+            raise ValueError(
+                "dam: expected a card for {} layers, {} heads, {} kv heads, ".format(
+                    layers, heads, kv_heads
+                )
+                + "received one for {} layers, {} heads, {} kv heads; ".format(*self.shape)
+                + "calibrate this model with dynmask calibrate"
+            )
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> StructuralMask:
+        """The layer's patterns, for as many positions as there are."""
+        diagonals, verticals, true_mask = self._patterns(layer.index, query.device)
+        mask = StructuralMask(
+            diagonals=diagonals,
+            verticals=verticals,
+            keys=key.shape[2],
+            queries=query.shape[2],
+            true_mask=true_mask,
+            first_key=layer.first_key,
+        )
+        return mask.union_heads(self.shape[2]) if self.share_group else mask
+
+    def _patterns(self, index: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """A layer's index sets [1, h, n] and true mask [h, L, L], unpacked once per device."""
+        cache: dict = self._layers  # type: ignore[attr-defined]
+        if (index, device) not in cache:
+            tensors = self.card.tensors
+            packed = tensors[f"layers.{index}.true_mask"].to(device)
+            bit = torch.arange(8, device=device, dtype=torch.uint8)
+            true_mask = ((packed[..., None] >> bit) & 1).bool().flatten(-2)
+            cache[index, device] = (
+                tensors[f"layers.{index}.diagonals"].to(device)[None],
+                tensors[f"layers.{index}.verticals"].to(device)[None],
+                true_mask[..., : packed.shape[1]],
+            )
+        return cache[index, device]

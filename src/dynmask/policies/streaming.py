@@ -1,0 +1,38 @@
+"""StreamingLLM: sinks and a window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from ..masks import LifetimeMask
+from .base import AnyModel, Layer, check_field
+
+
+@dataclass(frozen=True)
+class Streaming(AnyModel):
+    """The first ``sinks`` keys and the ``window`` newest (arXiv 2309.17453).
+
+    Args:
+        sinks: keys at the start of the sequence that are always read.
+        window: newest keys that a query reads, its own counted.
+    """
+
+    sinks: int = 64
+    window: int = 1024
+
+    name: ClassVar[str] = "streaming"
+    causal: ClassVar[bool] = True
+    phase: ClassVar[Literal["both", "prefill"]] = "both"
+
+    def __post_init__(self) -> None:
+        check_field(self.name, "sinks", self.sinks, self.sinks >= 0, ">= 0")
+        check_field(self.name, "window", self.window, self.window >= 1, ">= 1")
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> LifetimeMask:
+        """Sinks and window, the same for every head."""
+        return LifetimeMask.streaming(
+            key.shape[2], self.sinks, self.window, query.shape[2], layer.first_key, query.device
+        )

@@ -1,0 +1,84 @@
+"""Vertical-slash: columns and diagonals that the last queries look at (MInference)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..masks import StructuralMask
+from ..masks.base import repeat_heads
+from .base import AnyModel, Layer, check_field
+
+
+@dataclass(frozen=True)
+class VerticalSlash(AnyModel):
+    """Per head, the columns and diagonals with the most attention from the last queries.
+
+    MInference 1.0 (arXiv 2407.02490), section 3.2: the softmax of the last ``last`` queries is
+    summed over columns and over diagonals; the best of each are kept for every query. Chosen
+    from this input, so a choice depends on later tokens: a prefill policy.
+
+    Args:
+        verticals: columns kept per head, the first ``sinks`` among them.
+        slashes: diagonals kept per head, the newest ``window`` among them.
+        last: queries that are looked at.
+        sinks: first columns that are always kept.
+        window: nearest diagonals that are always kept.
+    """
+
+    verticals: int = 1000
+    slashes: int = 6096
+    last: int = 64
+    sinks: int = 30
+    window: int = 100
+
+    name: ClassVar[str] = "vertical_slash"
+    causal: ClassVar[bool] = False
+    phase: ClassVar[Literal["both", "prefill"]] = "prefill"
+
+    def __post_init__(self) -> None:
+        for field in ("verticals", "slashes", "last", "window"):
+            value = getattr(self, field)
+            check_field(self.name, field, value, value >= 1, ">= 1")
+        check_field(self.name, "sinks", self.sinks, self.sinks >= 0, ">= 0")
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> StructuralMask:
+        """Columns and diagonals from the softmax of the last queries."""
+        keys, last = key.shape[2], min(self.last, query.shape[2])
+        weights = _last_rows(query[:, :, -last:], key)
+        columns, diagonals = weights.sum(-2), _diagonal_sums(weights)
+        columns[..., : max(self.sinks - layer.first_key, 0)] = float("inf")
+        diagonals[..., : self.window] = float("inf")
+        return StructuralMask(
+            diagonals=_best(diagonals, self.slashes),
+            verticals=_best(columns, self.verticals),
+            keys=keys,
+            queries=query.shape[2],
+        )
+
+
+def _last_rows(query: Tensor, key: Tensor) -> Tensor:
+    """Causal softmax of the last queries: float32 [b, h, rows, keys]."""
+    rows, keys = query.shape[2], key.shape[2]
+    key = repeat_heads(key, query.shape[1])
+    logits = (query @ key.mT).float() * query.shape[-1] ** -0.5
+    position = torch.arange(keys - rows, keys, device=query.device)[:, None]
+    hidden = torch.arange(keys, device=query.device) > position
+    return logits.masked_fill(hidden, float("-inf")).softmax(-1)
+
+
+def _diagonal_sums(weights: Tensor) -> Tensor:
+    """Sum over each diagonal q - k: [b, h, keys], by offset."""
+    rows, keys = weights.shape[-2:]
+    position = torch.arange(keys - rows, keys, device=weights.device)[:, None]
+    offset = (position - torch.arange(keys, device=weights.device)).clamp(min=0)
+    out = torch.zeros_like(weights[..., 0, :])
+    return out.scatter_add_(-1, offset.flatten().expand(*out.shape[:2], -1), weights.flatten(-2))
+
+
+def _best(score: Tensor, n: int) -> Tensor:
+    """Indices of the n best, ascending: int32 [b, h, n]."""
+    return score.topk(min(n, score.shape[-1]), -1).indices.sort(-1).values.int()
