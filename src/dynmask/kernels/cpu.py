@@ -2,7 +2,8 @@
 
 Built from tensor operations, so it needs no compiler, is differentiable and runs on any device;
 the sizes are tuned for CPUs. One gather of a kv head's keys serves all query heads of its group,
-whose rows are stacked into one matrix product.
+whose rows are stacked into one matrix product. Every large result goes to a buffer that is
+allocated once a call: fresh memory costs more in page faults than the arithmetic on it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,33 @@ from torch.utils.checkpoint import checkpoint
 
 from ..plan import Plan
 
-KEYS_AT_A_TIME = 4096
+KEYS_AT_A_TIME = 2048
 """Longest key list computed at once; longer ones go in pieces merged by log-sum-exp."""
+
+Keys = slice | Tensor
+"""Keys of one list: a slice where they are one run (no gather needed), else int64 [n]."""
+
+
+class Buffers:
+    """Memory that one call uses again for every tile; ``None`` results under autograd."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype, grad: bool) -> None:
+        self.grad = grad
+        self._flat: dict[str, Tensor] = {}
+        self._like = like
+        self._dtype = dtype
+
+    def get(self, name: str, *shape: int) -> Tensor | None:
+        """An uninitialised tensor of this shape, or None where autograd needs a fresh one."""
+        if self.grad:
+            return None
+        size = 1
+        for n in shape:
+            size *= n
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < size:
+            flat = self._flat[name] = self._like.new_empty(size, dtype=self._dtype)
+        return flat[:size].view(shape)
 
 
 def cpu_attention(
@@ -34,105 +60,96 @@ def cpu_attention(
         key: [b, g, k, d], g divides h.
         value: [b, g, k, dv].
         plan: for these tensors.
-        bias: [b, g or h, k] or None; with h heads, the plan must list keys per query head.
+        bias: [b, g or h, k] or None.
         scale: of the logits.
         out: [b, h, q, dv], rows of the plan's tiles are overwritten.
         lse: float32 or float64 [b, h, q] or None, likewise.
     """
     heads, groups = query.shape[1], key.shape[1]
     lists = max(plan.heads, groups, 1 if bias is None else bias.shape[1])
-    members = heads // lists  # query heads that share a list and a kv head
-    tables = plan.batch.tolist(), plan.row.tolist(), plan.rows.tolist()
-    grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (query, key, value, bias)
-    )
+    members = heads // lists  # query heads that share a list, a kv head and a bias
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    tensors = (query, key, value, bias)
+    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    buffers = Buffers(query, dtype, grad)
+    tables = (plan.batch.tolist(), plan.row.tolist(), plan.rows.tolist())
     for t, (b, row, rows) in enumerate(zip(*tables, strict=True)):
         listed = [_listed(plan, head, t) for head in range(plan.heads)]
         for i in range(lists):
             head = slice(i * members, (i + 1) * members)
-            keys, full, seen = listed[i * plan.heads // lists]
             kv = i * groups // lists
+            q = query[b, head, row : row + rows].reshape(members * rows, -1).to(dtype) * scale
             part = None if bias is None else bias[b, i * bias.shape[1] // lists]
-            args = (
-                query[b, head, row : row + rows],
-                key[b, kv],
-                value[b, kv],
-                part,
-                keys,
-                full,
-                seen,
-                scale,
-                lse is not None,
-            )
-            if grad:  # recompute a tile in backward: memory stays that of one tile
-                result, norm = checkpoint(_tile, *args, use_reentrant=False)  # type: ignore
+            args = (q, key[b, kv], value[b, kv], part, *listed[i * plan.heads // lists])
+            if grad:  # a tile is computed again in backward: memory stays that of one tile
+                result, norm = checkpoint(  # type: ignore[misc]
+                    _tile, *args, lse is not None, buffers, use_reentrant=False
+                )
             else:
-                result, norm = _tile(*args)
-            out[b, head, row : row + rows] = result.to(out.dtype)
+                result, norm = _tile(*args, lse is not None, buffers)
+            out[b, head, row : row + rows] = result.view(members, rows, -1).to(out.dtype)
             if lse is not None:
-                lse[b, head, row : row + rows] = norm
+                lse[b, head, row : row + rows] = norm.view(members, rows)
 
 
-def _listed(plan: Plan, head: int, t: int) -> tuple[slice | Tensor, int, Tensor]:
-    """A tile's keys (a slice where they are one run), how many are full, who sees the rest."""
-    fulls = int(plan.full[head, t])
-    edge, seen = plan.boundary(head, t)
-    whole = plan.index[head, t, :fulls].long()
+def _listed(plan: Plan, head: int, t: int) -> tuple[Keys, int, Tensor]:
+    """A tile's keys, how many of them every row sees, and which rows see each of the rest."""
+    whole = plan.index[head, t, : int(plan.full[head, t])].long()
     if plan.block > 1:
         whole = (whole[:, None] + torch.arange(plan.block, device=plan.device)).flatten()
-    if len(edge):
-        some = seen.any(0)  # a key that no row sees is not read
-        if not bool(some.all()):
-            edge, seen = edge[some], seen[:, some]
+    edge, seen = plan.boundary(head, t)
+    some = seen.any(0)  # a key that no row sees is not read: it may be padding
+    if not bool(some.all()):
+        edge, seen = edge[some], seen[:, some]
     keys = torch.cat([whole, edge])
     n = len(keys)
-    if n and int(keys[-1]) - int(keys[0]) == n - 1 and bool((keys.diff() == 1).all()):
+    if n and bool((keys.diff() == 1).all()):
         return slice(int(keys[0]), int(keys[-1]) + 1), len(whole), seen
     return keys, len(whole), seen
 
 
 def _tile(
-    query: Tensor,
+    q: Tensor,
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
-    keys: slice | Tensor,
+    keys: Keys,
     full: int,
     seen: Tensor,
-    scale: float,
     want_lse: bool,
+    buffers: Buffers,
 ) -> tuple[Tensor, Tensor | None]:
-    """One tile: query [m, rows, d] against the listed keys of key [k, d] and value [k, dv]."""
-    members, rows, d = query.shape
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    q = query.reshape(members * rows, d).to(dtype) * scale
+    """Scaled rows q [m * rows, d] against the listed keys of key [k, d] and value [k, dv].
+
+    Returns [m * rows, dv] and, when wanted, the log-sum-exp [m * rows].
+    """
     n = keys.stop - keys.start if isinstance(keys, slice) else len(keys)
     if n == 0:
-        none = q.new_full((members, rows), float("-inf"))
-        return q.new_zeros(members, rows, value.shape[-1]), none
+        none = q[:, :1] * 0 if buffers.grad else q.new_zeros(len(q), 1)  # zero, but in the graph
+        return none.expand(-1, value.shape[-1]), q.new_full((len(q),), float("-inf"))
     if n <= KEYS_AT_A_TIME:
-        return _piece(q, key, value, bias, keys, full, seen, members, want_lse)
-    total: Tensor | None = None
-    norm: Tensor | None = None
+        return _piece(q, key, value, bias, keys, full, seen, want_lse, buffers)
+    total = q.new_zeros(len(q), value.shape[-1])
+    norm = q.new_full((len(q),), float("-inf"))
     for first in range(0, n, KEYS_AT_A_TIME):
         last = min(first + KEYS_AT_A_TIME, n)
         if isinstance(keys, slice):
-            some = slice(keys.start + first, keys.start + last)
+            some: Keys = slice(keys.start + first, keys.start + last)
         else:
             some = keys[first:last]
-        edge = seen[:, max(first - full, 0) : max(last - full, 0)]
         inner = min(max(full - first, 0), last - first)
-        part, log = _piece(q, key, value, bias, some, inner, edge, members, True)
+        edge = seen[:, max(first - full, 0) : max(last - full, 0)]
+        part, log = _piece(q, key, value, bias, some, inner, edge, True, buffers)
         assert log is not None
-        if total is None or norm is None:
-            total, norm = part, log
-            continue
-        both = torch.logaddexp(norm, log)
-        safe = both.masked_fill(both == float("-inf"), 0)
-        total = total * (norm - safe).exp()[..., None] + part * (log - safe).exp()[..., None]
-        norm = both
-    assert total is not None
+        total, norm = merge(total, norm, part, log)
     return total, norm
+
+
+def merge(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge attention over disjoint keys: outputs [..., dv] with log-sum-exps [...]."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    safe = lse.masked_fill(lse == float("-inf"), 0)
+    return a * (lse_a - safe).exp()[..., None] + b * (lse_b - safe).exp()[..., None], lse
 
 
 def _piece(
@@ -140,42 +157,44 @@ def _piece(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
-    keys: slice | Tensor,
+    keys: Keys,
     full: int,
     seen: Tensor,
-    members: int,
     want_lse: bool,
+    buffers: Buffers,
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention of the stacked rows q [m * rows, d] over some of the listed keys."""
-    k, v = _take(key, keys).to(q.dtype), _take(value, keys).to(q.dtype)
-    rows = q.shape[0] // members
-    logits = q @ k.T
+    """Softmax attention over one piece of a list; arguments as in :func:`_tile`."""
+    k, v = _take(key, keys, q.dtype, buffers, "k"), _take(value, keys, q.dtype, buffers, "v")
+    n, rows = len(k), seen.shape[0]
+    logits = torch.mm(q, k.T, out=buffers.get("logits", len(q), n))
     if bias is not None:
-        logits = logits + _take(bias, keys).to(q.dtype)
+        own = bias[keys] if isinstance(keys, slice) else bias.index_select(0, keys)
+        logits = logits + own.to(q.dtype) if buffers.grad else logits.add_(own.to(q.dtype))
     empty = None
-    if seen.shape[1]:
+    if n > full:
         hidden = ~seen
-        edge = logits.view(members, rows, -1)[:, :, full:]
-        if logits.requires_grad:
+        edge = logits.view(-1, rows, n)[:, :, full:]
+        if buffers.grad:
             edge = edge.masked_fill(hidden, float("-inf"))
-            logits = torch.cat([logits.view(members, rows, -1)[:, :, :full], edge], -1)
-            logits = logits.view(members * rows, -1)
+            logits = torch.cat([logits.view(-1, rows, n)[:, :, :full], edge], -1).view(-1, n)
         else:
             edge.masked_fill_(hidden, float("-inf"))
-        if full == 0:
-            empty = hidden.all(-1).repeat(members)[:, None]
-            if bool(empty.any()):  # softmax of nothing is NaN; such rows give 0
-                logits = logits.masked_fill(empty, 0)
-            else:
-                empty = None
+        if full == 0 and bool(hidden.all(-1).any()):  # softmax of nothing is NaN, 0 is meant
+            empty = hidden.all(-1).repeat(len(q) // rows)
+            logits = logits.masked_fill(empty[:, None], 0)
     lse = logits.logsumexp(-1) if want_lse else None
-    weights = logits.softmax(-1)
+    weights = torch.softmax(logits, -1, out=buffers.get("weights", len(q), n))
+    out = torch.mm(weights, v, out=buffers.get("out", len(q), v.shape[1]))
     if empty is not None:
-        weights = weights.masked_fill(empty, 0)
-        lse = None if lse is None else lse.masked_fill(empty[:, 0], float("-inf"))
-    out = (weights @ v).view(members, rows, -1)
-    return out, None if lse is None else lse.view(members, rows)
+        out = out.masked_fill(empty[:, None], 0)
+        lse = None if lse is None else lse.masked_fill(empty, float("-inf"))
+    return out, lse
 
 
-def _take(x: Tensor, keys: slice | Tensor) -> Tensor:
-    return x[keys] if isinstance(keys, slice) else x.index_select(0, keys)
+def _take(x: Tensor, keys: Keys, dtype: torch.dtype, buffers: Buffers, name: str) -> Tensor:
+    """The listed rows of x [k, d] in ``dtype``."""
+    if isinstance(keys, slice):
+        return x[keys].to(dtype)
+    if x.dtype != dtype:
+        return x.index_select(0, keys).to(dtype)
+    return torch.index_select(x, 0, keys, out=buffers.get(name, len(keys), x.shape[1]))

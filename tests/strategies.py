@@ -1,0 +1,117 @@
+"""Random masks of every kind, at odd sizes, with few queries, rare keys and empty rows."""
+
+import torch
+from hypothesis import strategies as st
+
+from dynmask import BlockMask, LifetimeMask, PlacedMask, Span, StructuralMask
+
+HEADS, GROUPS = 4, 2
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def index_sets(g: torch.Generator, b: int, heads: int, n: int, size: int) -> torch.Tensor:
+    """Ascending sets of up to ``size`` numbers below n, each head its own count, -1 padded."""
+    out = torch.full((b, heads, size), -1, dtype=torch.int32)
+    for i in range(b):
+        for h in range(heads):
+            count = min(int(torch.randint(0, size + 1, (), generator=g)), n)
+            chosen = torch.randperm(n, generator=g)[:count].sort().values
+            out[i, h, :count] = chosen.int()
+    return out
+
+
+@st.composite
+def sizes(draw, most=150):
+    keys = draw(st.integers(1, most))
+    queries = draw(st.sampled_from([keys, 1, max(keys // 3, 1), max(keys - 1, 1)]))
+    return keys, queries
+
+
+def lifetime(g, keys, queries, b, heads, kind):
+    if kind == 0:  # any lifetimes at all: some keys never seen, some rows empty
+        death = torch.randint(0, keys + 20, (b, heads, keys), generator=g).int()
+        return LifetimeMask(death, queries)
+    if kind == 1:
+        scores = torch.randn(b, heads, keys, generator=g).round(decimals=1)
+        return LifetimeMask.top_w(scores, 1 + keys // 5, queries)
+    if kind == 2:
+        return LifetimeMask.streaming(keys, keys // 9, 1 + keys // 4, queries)
+    return LifetimeMask.causal(keys, queries)
+
+
+def structural(g, keys, queries, b, heads, length):
+    n = keys + 10
+    true_mask = None
+    if length:
+        true_mask = torch.rand(heads, length, length, generator=g) < 0.2
+    return StructuralMask(
+        index_sets(g, b, heads, n, 9), index_sets(g, b, heads, n, 6), keys, queries, true_mask
+    )
+
+
+def block(g, keys, queries, b, heads, block_q, block_k, share=0.4):
+    count = (keys - 1) // block_q - (keys - queries) // block_q + 1
+    most = -(-keys // block_k)
+    index = index_sets(g, b * count, heads, most, most)  # any lists: own block may be missing
+    index = index.view(b, count, heads, most).transpose(1, 2).contiguous()
+    return BlockMask(index, block_q, block_k, keys, queries)
+
+
+@st.composite
+def simple_masks(draw, batch=None, size=None):
+    keys, queries = draw(sizes()) if size is None else size
+    g = generator(draw(st.integers(0, 2**20)))
+    b = draw(st.sampled_from([1, 2])) if batch is None else batch
+    heads = draw(st.sampled_from([1, GROUPS, HEADS]))
+    kind = draw(st.sampled_from(["lifetime", "structural", "block"]))
+    if kind == "lifetime":
+        return lifetime(g, keys, queries, b, heads, draw(st.integers(0, 3)))
+    if kind == "structural":
+        length = draw(st.sampled_from([0, 5, 64, 200]))
+        return structural(g, keys, queries, b, heads, length)
+    block_q, block_k = draw(st.sampled_from([(16, 16), (32, 8), (7, 5), (64, 128)]))
+    return block(g, keys, queries, b, heads, block_q, block_k)
+
+
+@st.composite
+def masks(draw):
+    """A mask of any kind: simple, limited, united, or sequences placed in one batch."""
+    form = draw(st.sampled_from(["simple", "limited", "united", "placed"]))
+    if form == "placed":
+        return draw(placed_masks())
+    mask = draw(simple_masks())
+    if form == "limited":
+        width = draw(st.integers(1, mask.keys + 3))
+        mask = mask & LifetimeMask.window(mask.keys, width, mask.queries)
+    if form == "united":
+        mask = mask | draw(simple_masks(mask.batch, (mask.keys, mask.queries)))
+    return mask
+
+
+@st.composite
+def placed_masks(draw):
+    """One to three sequences, side by side or in batch rows of their own, with gaps between."""
+    count, gap = draw(st.integers(1, 3)), draw(st.integers(0, 5))
+    packed = draw(st.booleans())
+    lengths = [draw(st.integers(1, 60)) for _ in range(count)]
+    start, spans = gap, []
+    for i, n in enumerate(lengths):
+        first = start if packed else gap
+        spans.append(Span(0 if packed else i, first, first + n, first, first + n))
+        start += n + gap
+    total = max(s.key_stop for s in spans) + gap
+    own = [draw(simple_masks(1, (n, n))) for n in lengths]
+    return PlacedMask(own, spans, 1 if packed else count, total, total)
+
+
+def tensors(mask, seed=0, dtype=torch.float64, dim=8, heads=HEADS, groups=GROUPS):
+    g = generator(seed)
+    b = mask.batch
+    return (
+        torch.randn(b, heads, mask.queries, dim, generator=g, dtype=torch.float64).to(dtype),
+        torch.randn(b, groups, mask.keys, dim, generator=g, dtype=torch.float64).to(dtype),
+        torch.randn(b, groups, mask.keys, dim, generator=g, dtype=torch.float64).to(dtype),
+    )

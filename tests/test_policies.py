@@ -1,0 +1,115 @@
+"""Policies against naive versions of their papers' rules."""
+
+import pytest
+import torch
+
+from dynmask import attention
+from dynmask.policies import NAMES, Layer, Pooled, Streaming, VerticalSlash, parse
+from tests.policies import POLICIES
+
+N, HEADS, GROUPS, DIM = 70, 4, 2, 8
+
+
+def inputs(queries=N, batch=2):
+    g = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(batch, HEADS, queries, DIM, generator=g) * 2,
+        torch.randn(batch, GROUPS, N, DIM, generator=g) * 2,
+        torch.randn(batch, GROUPS, N, DIM, generator=g),
+    )
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("queries", [N, 23, 1])
+def test_every_policy_answers_with_a_mask_that_attention_takes(policy, queries):
+    query, key, value = inputs(queries)
+    mask = policy(query, key, value, Layer(0))
+    assert (mask.keys, mask.queries) == (N, queries)
+    assert mask.dense().any(-1).all()  # no row is empty
+    out = attention(query, key, value, mask)
+    torch.testing.assert_close(out, attention(query, key, value, mask, impl="reference"))
+    policy.check(2, HEADS, GROUPS)
+
+
+def weights_of_last(query, key, last):
+    key = key.repeat_interleave(HEADS // GROUPS, 1)
+    rows = query.shape[2]
+    full = query @ key.mT * DIM**-0.5
+    hidden = torch.ones(rows, N).triu(N - rows + 1).bool()
+    return full.masked_fill(hidden, float("-inf")).softmax(-1)[:, :, -last:]
+
+
+def test_vertical_slash_keeps_the_heaviest_columns_and_diagonals():
+    policy = VerticalSlash(verticals=6, slashes=9, last=5, sinks=2, window=3)
+    query, key, value = inputs()
+    mask = policy(query, key, value, Layer(0))
+    weights = weights_of_last(query, key, 5)
+    for b in range(2):
+        for h in range(HEADS):
+            w = weights[b, h]
+            columns = w.sum(0)
+            slashes = torch.stack(
+                [sum(w[i, N - 5 + i - r] for i in range(5) if N - 5 + i >= r) for r in range(N)]
+            )
+            columns[:2], slashes[:3] = 9e9, 9e9
+            assert mask.verticals[b, h].tolist() == sorted(columns.topk(6).indices.tolist())
+            assert mask.diagonals[b, h].tolist() == sorted(slashes.topk(9).indices.tolist())
+
+
+@pytest.mark.parametrize("queries", [N, 23])
+def test_pooled_takes_the_smallest_set_of_blocks_that_reaches_top_p(queries):
+    block, top_p = 8, 0.6
+    query, key, value = inputs(queries)
+    mask = Pooled(block, top_p)(query, key, value, Layer(0))
+    first = N - queries
+    for b in range(2):
+        for h in range(HEADS):
+            k = key[b, h * GROUPS // HEADS]
+            means = torch.stack([x.mean(0) for x in k.split(block)])
+            for i in range(mask.index.shape[2]):
+                number = first // block + i
+                a, z = max(number * block, first), min((number + 1) * block, N)
+                pooled = query[b, h, a - first : z - first].mean(0)
+                w = (means[: number + 1] @ pooled * DIM**-0.5).softmax(-1)
+                chosen, mass = {0, number}, 0.0
+                for j in w.argsort(descending=True).tolist():
+                    if mass >= top_p:
+                        break
+                    chosen.add(j)
+                    mass += float(w[j])
+                kept = [j for j in mask.index[b, h, i].tolist() if j >= 0]
+                assert kept == sorted(chosen)
+
+
+def test_streaming_in_a_trimmed_cache_keeps_its_window():
+    query, key, value = inputs(1)
+    whole = Streaming(5, 20)(query, key, value, Layer(0)).dense()
+    part = Streaming(5, 20)(query, key[:, :, 3:], value[:, :, 3:], Layer(0, first_key=3)).dense()
+    assert torch.equal(part, whole[..., 3:])
+
+
+def test_parse():
+    assert parse("streaming:sinks=4,window=9") == Streaming(4, 9)
+    assert parse("pooled:top_p=0.5") == Pooled(top_p=0.5)
+    assert parse("full").name == "full"
+    assert set(NAMES) == {"full", "streaming", "vertical_slash", "pooled", "dam"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("fulll", "expected one of full, streaming"),
+        ("streaming:windw=9", "expected fields sinks, window, received 'windw'"),
+        ("streaming:window=x", "expected window as int, received 'x'"),
+        ("streaming:window=-1", "expected window >= 1, received -1"),
+        ("streaming:sinks=-1", "expected sinks >= 0"),
+        ("pooled:top_p=1.5", r"expected top_p in \(0, 1\]"),
+        ("pooled:block=0", "expected block >= 1"),
+        ("vertical_slash:last=0", "expected last >= 1"),
+        ("full:a=1", r"expected fields \(none\)"),
+        ("dam", "expected dam:PATH"),
+    ],
+)
+def test_refusals(spec, message):
+    with pytest.raises(ValueError, match=message):
+        parse(spec)
