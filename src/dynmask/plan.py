@@ -41,8 +41,8 @@ class Plan:
         shape: (batch rows, query rows, keys) of the tensors that the plan is for.
         block: keys of one entry. The last entry may reach past the last key.
         death: int32 [b, heads, keys] or None. Element rule ``k <= q < death[k]``.
-        bits: int32 [heads, t, boundary, ceil(tile / 32)] or None. Element rule: bit i of entry j says
-            whether row i of the tile sees the j-th boundary key (``block`` is 1).
+        bits: int32 [heads, t, boundary, ceil(tile / 32)] or None. Element rule: bit i of entry j
+            says whether row i of the tile sees the j-th boundary key (``block`` is 1).
 
     With neither ``death`` nor ``bits`` the element rule is causal, ``k <= q``.
     """
@@ -115,12 +115,29 @@ class Plan:
     def kept(self) -> Tensor:
         """Visible pairs per batch row and head: int64 [b, heads]."""
         total = torch.zeros(self.shape[0], self.heads, dtype=torch.int64, device=self.device)
-        whole = self.full.long() * self.block * self.rows.long()
-        total.index_add_(0, self.batch.long(), whole.T.contiguous())
-        for t in range(self.tiles):
-            for head in range(self.heads):
-                total[int(self.batch[t]), head] += self.boundary(head, t)[1].sum()
-        return total
+        pairs = self.full.long() * self.block * self.rows.long()
+        if self.bits is not None:
+            pairs += count_bits(self.bits).sum((-1, -2))
+        else:
+            pairs += self._boundary_pairs()
+        return total.index_add_(0, self.batch.long(), pairs.T.contiguous())
+
+    def _boundary_pairs(self) -> Tensor:
+        """Visible pairs of each tile's boundary under the interval rules: int64 [heads, t]."""
+        slot = torch.arange(self.index.shape[-1], device=self.device)
+        edge = (slot >= self.full[..., None]) & (slot < self.count[..., None])
+        keys = self.index[..., None].long() + torch.arange(self.block, device=self.device)
+        first = self.position.long()[:, None, None]
+        stop = first + self.rows.long()[:, None, None]
+        inside = edge[..., None] & (keys < self.shape[2])
+        if self.death is not None:
+            head = torch.arange(self.heads, device=self.device)[:, None, None, None]
+            batch = self.batch.long()[:, None, None]
+            death = self.death.expand(-1, self.heads, -1)
+            ends = death[batch, head, keys.clamp(max=self.shape[2] - 1)].long()
+            stop = torch.minimum(stop, ends)
+        rows = (stop - torch.maximum(keys, first)).clamp(min=0)
+        return rows.masked_fill(~inside, 0).sum((-1, -2))
 
     def work(self) -> Tensor:
         """Pairs that a kernel computes, boundary entries whole: int64 [heads]."""
@@ -218,6 +235,15 @@ def unpack_rows(words: Tensor, rows: int) -> Tensor:
     """Inverse of :func:`pack_rows`: bool [..., rows]."""
     shift = torch.arange(WORD, device=words.device, dtype=torch.int32)
     return ((words[..., None] >> shift) & 1).bool().flatten(-2)[..., :rows]
+
+
+def count_bits(words: Tensor) -> Tensor:
+    """Set bits of each int32 word, int64, by adding neighbours in ever wider fields."""
+    x = words.long() & 0xFFFFFFFF
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) & 0xFFFFFFFF) >> 24
 
 
 def row_words(tiles: Tiles) -> Tensor:
