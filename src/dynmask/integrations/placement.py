@@ -1,0 +1,270 @@
+"""Where each sequence lies in an attention call's padded tensors.
+
+transformers carries only 4-D tensors unharmed through all of its caches, and its own mask holds
+Q x S booleans. What a sparse attention needs is O(S): the position of every key. Hence a tensor
+of four rows, made once per forward (:func:`linear_mask`) and read back once
+(:meth:`Placement.from_linear`); masks that come as booleans, made by the caller, are understood
+when they are spans in disguise (:meth:`Placement.from_bool`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..masks import Span
+
+# Rows of a linear mask.
+POSITION, OWN_KEY, WINDOW, COVERED = range(4)
+ROWS = 4
+# Values of the position row that are not positions.
+HIDDEN, HOLE = -1, -2
+# Value of the window row and of the covered row when there is none.
+NONE = -1
+
+PAD_LEFT = (
+    "pad on the left (tokenizer.padding_side = 'left') with one unbroken run of tokens per row"
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The sequences of one attention call.
+
+    Attributes:
+        spans: keys and queries of each sequence; rows in no span are padding.
+        first_keys: for each span, the position of its first key in its sequence. It is 0 unless
+            a sliding cache has dropped what came before.
+        window: the model's own sliding window, its own key counted, or None.
+        memo: what callers derive from this placement and want to share between layers.
+    """
+
+    spans: tuple[Span, ...]
+    first_keys: tuple[int, ...]
+    window: int | None = None
+    memo: dict = field(default_factory=dict, compare=False, repr=False)
+
+    def common(self, batch: int) -> tuple[Span, int] | None:
+        """The span and first key that all ``batch`` rows share, when there is one."""
+        if len(self.spans) != batch:
+            return None
+        first, first_key = self.spans[0], self.first_keys[0]
+        for row, (span, other) in enumerate(zip(self.spans, self.first_keys, strict=True)):
+            if span.batch != row or _extent(span) != _extent(first) or other != first_key:
+                return None
+        return first, first_key
+
+    @property
+    def has_past(self) -> bool:
+        """Whether a query reads keys of an earlier call."""
+        return any(
+            first_key + span.key_stop - span.key_start > span.query_stop - span.query_start
+            for span, first_key in zip(self.spans, self.first_keys, strict=True)
+        )
+
+    @classmethod
+    def dense(cls, batch: int, queries: int, keys: int, window: int | None) -> Placement:
+        """Every batch row is one sequence without padding: what the absence of a mask means."""
+        if not 1 <= queries <= keys:
+            raise ValueError(
+                f"attention without a mask: expected 1 <= queries <= keys, received {queries} "
+                f"queries and {keys} keys; cross-attention is not sparsified"
+            )
+        spans = tuple(Span(b, 0, keys, 0, queries) for b in range(batch))
+        return cls(spans, (0,) * batch, window)
+
+    @classmethod
+    def from_linear(cls, mask: Tensor, queries: int, keys: int) -> Placement:
+        """Read a mask of :func:`linear_mask`; one transfer from the device.
+
+        Raises:
+            ValueError: a mask made for other sizes, holes in a row's tokens, or an attention
+                mask that ends before the queries do.
+        """
+        if mask.shape[-1] < keys:
+            raise ValueError(
+                f"attention_mask: expected {keys} keys, received {mask.shape[-1]}; the cache "
+                "hands over other keys than it announced, use transformers' own cache classes"
+            )
+        table = torch.cat([mask[:, 0, POSITION, :keys], mask[:, 0, OWN_KEY:, 0]], -1).cpu()
+        own, window, covered = table[0, keys:].tolist()
+        stop = own + queries
+        if stop > keys or own < 0:
+            raise ValueError(
+                f"keys: expected at least {stop} (those before the queries, and theirs), "
+                f"received {keys}; give the static cache room for the whole generation"
+            )
+        if covered != NONE and covered < stop:
+            raise ValueError(
+                "attention_mask: expected one entry for each token seen so far, received "
+                f"{stop - covered} too few; append ones for the new tokens, or pass none"
+            )
+        position = table[:, :stop]
+        if bool((position == HOLE).any()):
+            rows = (position == HOLE).any(-1).nonzero().flatten().tolist()
+            raise ValueError(
+                "attention_mask: expected one unbroken run of tokens per batch row, received "
+                f"hidden tokens between visible ones in rows {rows}; {PAD_LEFT}"
+            )
+        before = torch.nn.functional.pad(position[:, :-1], (1, 0), value=HIDDEN)
+        after = torch.nn.functional.pad(position[:, 1:], (0, 1), value=HIDDEN)
+        seen = position >= 0
+        starts = (seen & ((before < 0) | (position != before + 1))).nonzero().tolist()
+        stops = (seen & (after != position + 1)).nonzero()[:, 1].tolist()
+        spans, first_keys = [], []
+        for (row, start), last in zip(starts, stops, strict=True):
+            if last < own:  # only padding is asked about
+                continue
+            spans.append(Span(row, start, last + 1, max(start - own, 0), last + 1 - own))
+            first_keys.append(int(position[row, start]))
+        return cls(tuple(spans), tuple(first_keys), None if window == NONE else window)
+
+    @classmethod
+    def from_bool(
+        cls, mask: Tensor, batch: int, queries: int, keys: int, sliding_window: int | None
+    ) -> Placement:
+        """Recover the spans of a mask bool [b or 1, 1, queries, keys], True where read.
+
+        Raises:
+            ValueError: any mask that is not causal attention within spans, with or without one
+                sliding window.
+        """
+        _check_bool(mask, batch, queries, keys)
+        mask = mask[:, 0, :, :keys]
+        count = mask.sum(-1)
+        first = mask.int().argmax(-1)
+        last = keys - 1 - mask.flip(-1).int().argmax(-1)
+        seen = count > 0
+        if bool((seen & (count != last - first + 1)).any()):
+            raise _not_spans("a row whose keys are not one unbroken run")
+        first, last, seen = (x.cpu() for x in (first, last, seen))
+        follows = torch.zeros_like(seen)
+        follows[:, 1:] = (
+            seen[:, 1:]
+            & seen[:, :-1]
+            & (last[:, 1:] == last[:, :-1] + 1)
+            & (first[:, 1:] >= first[:, :-1])
+            & (first[:, 1:] <= last[:, :-1])
+        )
+        leaves = torch.nn.functional.pad(follows[:, 1:], (0, 1), value=False)
+        starts = (seen & ~follows).nonzero().tolist()
+        stops = (seen & ~leaves).nonzero()[:, 1].tolist()
+        spans, widths, longest = [], set(), 0
+        for (row, top), bottom in zip(starts, stops, strict=True):
+            start, stop = int(first[row, top]), int(last[row, bottom]) + 1
+            length = int(last[row, top]) + 1 - start
+            if sliding_window is not None and length >= sliding_window and length > 1:
+                raise ValueError(
+                    "attention_mask: expected a mask that shows where a sequence starts, received "
+                    f"a first query that already fills the sliding window of {sliding_window}; "
+                    "pass the 2-D attention_mask of the tokens instead"
+                )
+            if spans and spans[-1].batch == row and start < spans[-1].key_stop:
+                raise _not_spans("rows of two sequences that share keys")
+            width, full = _window_of(first[row, top : bottom + 1], last[row, top : bottom + 1])
+            widths |= {width} - {None}
+            longest = max(longest, full)
+            spans.append(Span(row, start, stop, top, bottom + 1))
+        window = min(widths, default=None)
+        if len(widths) > 1 or (window is not None and longest > window):
+            raise _not_spans("windows of several widths")
+        if mask.shape[0] == 1 and batch > 1:
+            spans = [
+                Span(b, s.key_start, s.key_stop, s.query_start, s.query_stop)
+                for b in range(batch)
+                for s in spans
+            ]
+        return cls(tuple(spans), (0,) * len(spans), window)
+
+
+def linear_mask(
+    batch: int,
+    queries: int,
+    keys: int,
+    query_offset: int | Tensor,
+    key_offset: int,
+    attention_mask: Tensor | None,
+    window: int | None,
+    device: torch.device | str,
+    joined: Tensor | None = None,
+) -> Tensor:
+    """Positions of the keys, O(b keys) instead of O(b queries keys).
+
+    Args:
+        batch: batch rows.
+        queries: query rows.
+        keys: keys of the tensor, unused cache slots included.
+        query_offset: tokens before the first query, padding counted.
+        key_offset: tokens before the first key, padding counted.
+        attention_mask: bool [b, tokens], False for padding; None when there is none.
+        window: sliding window, its own key counted, or None.
+        device: where the mask is needed.
+        joined: bool [b, keys - 1] for packed rows: key i + 1 is of the sequence of key i.
+
+    Returns:
+        int32 [b, 1, 4, keys]. First row: position of the key in its sequence (counted from the
+        first token that is not padding), or a negative number when it is hidden. The others are
+        constant: index of the first query's own key, window, keys that attention_mask covers.
+    """
+    out = torch.empty(batch, 1, ROWS, keys, dtype=torch.int32, device=device)
+    token = torch.arange(keys, device=device) + key_offset
+    covered = NONE
+    if joined is not None:
+        start = torch.nn.functional.pad(~joined, (1, 0), value=True)
+        start = torch.where(start, token, 0).cummax(-1).values
+        position = token - start
+    elif attention_mask is None:
+        position = token.expand(batch, -1)
+    else:
+        seen = attention_mask.to(device=device, dtype=torch.bool)
+        covered = seen.shape[1] - key_offset
+        first = seen.int().argmax(-1, keepdim=True)
+        runs = (seen[:, 1:] & ~seen[:, :-1]).sum(-1, keepdim=True) + seen[:, :1]
+        here = seen[:, key_offset : key_offset + keys]
+        here = torch.nn.functional.pad(here, (0, keys - here.shape[1]), value=False)
+        position = (token - first).masked_fill(~here, HIDDEN).masked_fill(runs > 1, HOLE)
+    out[:, 0, POSITION] = position
+    out[:, 0, OWN_KEY] = query_offset - key_offset
+    out[:, 0, WINDOW] = NONE if window is None else window
+    out[:, 0, COVERED] = covered
+    return out
+
+
+def is_linear(mask: Tensor) -> bool:
+    """Whether a 4-D mask is one of :func:`linear_mask`."""
+    return mask.dtype == torch.int32 and tuple(mask.shape[1:3]) == (1, ROWS)
+
+
+def _extent(span: Span) -> tuple[int, int, int, int]:
+    return span.key_start, span.key_stop, span.query_start, span.query_stop
+
+
+def _window_of(first: Tensor, last: Tensor) -> tuple[int | None, int]:
+    """Window that one sequence's rows show, if any, and its most keys read without one."""
+    moved = first > first[0]
+    width = (last - first + 1)[moved]
+    if width.numel() and int(width.min()) != int(width.max()):
+        raise _not_spans("a window whose width changes")
+    whole = (last - first + 1)[~moved]
+    return (int(width[0]) if width.numel() else None), int(whole.max())
+
+
+def _check_bool(mask: Tensor, batch: int, queries: int, keys: int) -> None:
+    shape = tuple(mask.shape)
+    fits = mask.dim() == 4 and shape[0] in (1, batch) and shape[1] == 1 and shape[2] == queries
+    if mask.dtype != torch.bool or not fits or shape[3] < keys:
+        raise ValueError(
+            f"attention_mask: expected None, a 2-D mask of tokens or bool [{batch}, 1, {queries}, "
+            f"{keys}], received {mask.dtype} {shape}; pass the 2-D attention_mask, or "
+            "`additive == 0` of an additive one"
+        )
+
+
+def _not_spans(found: str) -> ValueError:
+    return ValueError(
+        "attention_mask: expected causal attention within each sequence (padded or packed), "
+        f"received {found}; prefixes and images that are read in both directions, and custom "
+        "patterns, are not supported: keep sdpa for this input"
+    )
