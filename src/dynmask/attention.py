@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -79,11 +80,11 @@ def attention(
         ValueError: shapes, dtypes, devices or heads that disagree, before any work.
     """
     mask = check_inputs(query, key, value, mask_or_plan, bias, impl)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     if impl == "auto":
         impl = choose(query, mask, bias, return_lse)
     if impl == "sdpa":
-        return _sdpa(query, key, value, mask, bias, scale, return_lse)
+        return _sdpa(query, key, value, mask, bias, factor, return_lse)
 
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(*query.shape[:3], value.shape[-1])
@@ -97,13 +98,13 @@ def attention(
         if impl == "reference":
             visible = mask.dense() if isinstance(mask, Plan) else mask.dense(rows)
             part = query[:, :, slice(*rows)]
-            result, norm = reference_attention(part, key, value, visible, bias, scale)
+            result, norm = reference_attention(part, key, value, visible, bias, factor)
             out[:, :, slice(*rows)] = result
             if lse is not None:
                 lse[:, :, slice(*rows)] = norm
         else:
             plan = mask if isinstance(mask, Plan) else mask.lower(rows)
-            cpu_attention(query, key, value, plan, bias, scale, out, lse)
+            cpu_attention(query, key, value, plan, bias, factor, out, lse)
     return out if lse is None else (out, lse)
 
 
@@ -138,18 +139,20 @@ def _sdpa(
             'impl="sdpa": expected a plain causal mask (LifetimeMask.causal) without bias and '
             'lse, received another; use impl="auto"'
         )
-    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
-    key, value = repeat_heads(key, heads), repeat_heads(value, heads)
-    sdpa = torch.nn.functional.scaled_dot_product_attention
+    queries, keys = query.shape[2], key.shape[2]
+    grouped = query.shape[1] != key.shape[1]  # groups are read in place, not repeated
+    sdpa = partial(
+        torch.nn.functional.scaled_dot_product_attention, scale=scale, enable_gqa=grouped
+    )
     if queries == keys:
-        return sdpa(query, key, value, is_causal=True, scale=scale)
+        return sdpa(query, key, value, is_causal=True)
     if queries == 1:
-        return sdpa(query, key, value, scale=scale)
+        return sdpa(query, key, value)
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     for first, last in _ranges(mask, queries):
         visible = mask.dense((first, last))
         part = query[:, :, first:last]
-        out[:, :, first:last] = sdpa(part, key, value, attn_mask=visible, scale=scale)
+        out[:, :, first:last] = sdpa(part, key, value, attn_mask=visible)
     return out
 
 

@@ -8,6 +8,9 @@ allocated once a call: fresh memory costs more in page faults than the arithmeti
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -65,6 +68,8 @@ def cpu_attention(
         out: [b, h, q, dv], rows of the plan's tiles are overwritten.
         lse: float32 or float64 [b, h, q] or None, likewise.
     """
+    if plan.tile == 1 and plan.block == 1:
+        return _single_rows(query, key, value, plan, bias, scale, out, lse)
     heads, groups = query.shape[1], key.shape[1]
     lists = max(plan.heads, groups, 1 if bias is None else bias.shape[1])
     members = heads // lists  # query heads that share a list, a kv head and a bias
@@ -81,15 +86,52 @@ def cpu_attention(
             q = query[b, head, row : row + rows].reshape(members * rows, -1).to(dtype) * scale
             part = None if bias is None else bias[b, i * bias.shape[1] // lists]
             args = (q, key[b, kv], value[b, kv], part, *listed[i * plan.heads // lists])
-            if grad:  # a tile is computed again in backward: memory stays that of one tile
-                result, norm = checkpoint(  # type: ignore[misc]
-                    _tile, *args, lse is not None, buffers, use_reentrant=False
-                )
-            else:
-                result, norm = _tile(*args, lse is not None, buffers)
+            # under autograd a tile is computed again in backward: memory stays that of one tile
+            run: Any = partial(checkpoint, _tile, use_reentrant=False) if grad else _tile
+            result, norm = run(*args, lse is not None, buffers)
             out[b, head, row : row + rows] = result.view(members, rows, -1).to(out.dtype)
-            if lse is not None:
+            if lse is not None and norm is not None:
                 lse[b, head, row : row + rows] = norm.view(members, rows)
+
+
+def _single_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    bias: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Tiles of one row, as in decoding: all at once, their lists padded to the longest.
+
+    With one row to a tile every listed key is seen, so the lists are all there is to know.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    heads, groups = query.shape[1], key.shape[1]
+    lists = max(plan.heads, groups, 1 if bias is None else bias.shape[1])
+    batch, row = plan.batch.long(), plan.row.long()
+    number = torch.arange(lists, device=query.device)
+    keys = plan.index.long()[number * plan.heads // lists].transpose(0, 1)  # [t, lists, n]
+    count = plan.count[number * plan.heads // lists].T
+    listed = torch.arange(keys.shape[-1], device=query.device) < count[..., None]
+
+    def take(x: Tensor) -> Tensor:  # x [b, heads', k, ...] -> [t, lists, n, ...]
+        return x[batch[:, None, None], (number * x.shape[1] // lists)[:, None], keys].to(dtype)
+
+    q = query[batch, :, row].unflatten(1, (lists, heads // lists)).to(dtype) * scale
+    logits = q @ take(key).mT
+    if bias is not None:
+        logits = logits + take(bias)[:, :, None]
+    logits = logits.masked_fill(~listed[:, :, None], float("-inf"))
+    norm = logits.logsumexp(-1)
+    safe = norm.masked_fill(norm == float("-inf"), 0)  # a row that sees no key gives 0
+    weights = (logits - safe[..., None]).exp()
+    result = weights @ take(value).masked_fill(~listed[..., None], 0)
+    out[batch, :, row] = result.flatten(1, 2).to(out.dtype)
+    if lse is not None:
+        lse[batch, :, row] = norm.flatten(1, 2)
 
 
 def _listed(plan: Plan, head: int, t: int) -> tuple[Keys, int, Tensor]:

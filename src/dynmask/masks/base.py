@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,8 +30,6 @@ class Mask(ABC):
     """Heads with choices of their own: 1, the kv heads or the query heads."""
     keys: int
     queries: int
-    tile: ClassVar[int] = 128
-    """Rows of a tile unless the caller says otherwise."""
 
     @property
     @abstractmethod
@@ -49,7 +47,7 @@ class Mask(ABC):
     def lower(self, rows: tuple[int, int] | None = None, tile: int | None = None) -> Plan:
         """Lower query rows [rows[0], rows[1]) to a plan with tiles of at most ``tile`` rows."""
         rows = self._range(rows)
-        size = self.tile if tile is None else tile
+        size = self.preferred_tile() if tile is None else tile
         if size < 1:
             raise ValueError(f"tile: expected a positive number of rows, received {tile}")
         size = min(size, rows[1] - rows[0])
@@ -57,6 +55,10 @@ class Mask(ABC):
         return self.lower_tiles(
             Tiles.cut(self.batch, rows, self.offset, size, self.device, borders)
         )
+
+    def preferred_tile(self) -> int:
+        """Rows of a tile unless the caller says otherwise."""
+        return 128
 
     def borders(self, first: int, stop: int) -> Iterable[int]:
         """Positions in (first, stop) where the choice changes, so that no tile straddles them."""

@@ -75,8 +75,9 @@ class BlockMask(Mask):
 
         Blocks in the future are dropped; the own block of a query block is always added.
         """
-        check_sizes(keys, keys if queries is None else queries)
-        first = (keys - (keys if queries is None else queries)) // block_q
+        queries = keys if queries is None else queries
+        check_sizes(keys, queries)
+        first = (keys - queries) // block_q
         qb = torch.arange(chosen.shape[2], device=chosen.device)[:, None] + first
         kb = torch.arange(chosen.shape[3], device=chosen.device)
         last = ((qb + 1) * block_q).clamp(max=keys) - 1

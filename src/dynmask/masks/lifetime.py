@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,7 +46,7 @@ class LifetimeMask(Mask):
         """Plain causal attention: nothing ever dies."""
         check_sizes(keys, keys if queries is None else queries)
         death = torch.full((1, 1, 1), cls.INF, dtype=torch.int32, device=device)
-        return cls(death.expand(1, 1, keys), queries, plain=True)
+        return cls(death.expand(1, 1, keys), keys if queries is None else queries, plain=True)
 
     @classmethod
     def window(
@@ -86,7 +87,7 @@ class LifetimeMask(Mask):
         k = torch.arange(keys, device=device)
         death = (k + window).clamp(max=cls.INF).to(torch.int32)
         death[: max(sinks - first_key, 0)] = cls.INF
-        return cls(death.view(1, 1, keys), queries)
+        return cls(death.view(1, 1, keys), keys if queries is None else queries)
 
     @classmethod
     def top_w(cls, scores: Tensor, width: int, queries: int | None = None) -> LifetimeMask:
@@ -117,6 +118,7 @@ class LifetimeMask(Mask):
                 f"scores: expected numbers, received NaN, first at [b, head, key] = {where}; "
                 "look for an overflow where the scores are computed"
             )
+        queries = scores.shape[-1] if queries is None else queries
         return cls(lifetimes_of_top_w(scores.float(), width), queries)
 
     @property
@@ -164,19 +166,19 @@ class LifetimeMask(Mask):
         """Union: with another lifetime mask, the later death of each key."""
         if not isinstance(other, LifetimeMask):
             return super().__or__(other)
-        return self._combine(other, torch.maximum)
+        return self._combine(other, torch.maximum, self.plain or other.plain)
 
     def __and__(self, other: LifetimeMask) -> LifetimeMask:
         """Intersection: the earlier death of each key."""
-        return self._combine(other, torch.minimum)
+        return self._combine(other, torch.minimum, self.plain and other.plain)
 
-    def _combine(self, other: LifetimeMask, choose) -> LifetimeMask:  # noqa: ANN001
+    def _combine(
+        self, other: LifetimeMask, choose: Callable[[Tensor, Tensor], Tensor], plain: bool
+    ) -> LifetimeMask:
         check_same_size(self, other)
         heads = max(self.heads, other.heads)
         death = choose(repeat_heads(self.death, heads), repeat_heads(other.death, heads))
-        return LifetimeMask(
-            death, self.queries, choose is torch.minimum and self.plain and other.plain
-        )
+        return LifetimeMask(death, self.queries, plain)
 
     def lower_tiles(self, tiles: Tiles) -> Plan:
         """Key lists per tile: keys that live through the tile first, then those born or dying."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -51,12 +51,12 @@ def spans_right_padded(lengths: Sequence[int], keys: int) -> list[Span]:
 def spans_packed(cu_seqlens: Sequence[int] | Tensor) -> list[Span]:
     """Spans of sequences laid end to end in one batch row, from their cumulative lengths."""
     ends = [int(x) for x in cu_seqlens]
-    if len(ends) < 2 or ends[0] != 0 or any(b <= a for a, b in zip(ends, ends[1:], strict=False)):
+    if len(ends) < 2 or ends[0] != 0 or any(b <= a for a, b in pairwise(ends)):
         raise ValueError(
             "cu_seqlens: expected ascending cumulative lengths that start at 0, received "
             f"{ends[:8]}; for lengths 3 and 5 pass [0, 3, 8]"
         )
-    return [Span(0, a, b, a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return [Span(0, a, b, a, b) for a, b in pairwise(ends)]
 
 
 def _check_lengths(lengths: Sequence[int], keys: int) -> None:
@@ -86,9 +86,6 @@ class PlacedMask(Mask):
     batch: int  # type: ignore[assignment]
     queries: int
     keys: int
-
-    tile: ClassVar[int] = 0
-    """0: each sequence is cut into the tiles that its own mask prefers."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "masks", tuple(self.masks))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,8 +18,6 @@ class UnionMask(Mask):
     """A pair is visible when one of ``parts`` lets it through. Built by ``a | b``."""
 
     parts: tuple[Mask, ...]
-
-    tile: ClassVar[int] = 64
 
     @property
     def keys(self) -> int:  # type: ignore[override]
@@ -61,6 +58,10 @@ class UnionMask(Mask):
     def __and__(self, other: LifetimeMask) -> UnionMask:
         """Intersection with a lifetime mask, part by part."""
         return UnionMask(tuple(p & other for p in self.parts))
+
+    def preferred_tile(self) -> int:
+        """The smallest tile that a part prefers."""
+        return min(p.preferred_tile() for p in self.parts)
 
     def borders(self, first: int, stop: int) -> Iterable[int]:
         """The borders of every part."""
