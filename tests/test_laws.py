@@ -6,6 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dynmask import LifetimeMask, PlacedMask, attention, spans_left_padded, spans_packed
+from dynmask.kernels.cpu import merge
+from dynmask.masks.base import repeat_heads
+from dynmask.policies import Layer
 from tests.strategies import (
     GROUPS,
     HEADS,
@@ -16,11 +21,6 @@ from tests.strategies import (
     sizes,
     tensors,
 )
-
-from dynmask import LifetimeMask, PlacedMask, attention, spans_left_padded, spans_packed
-from dynmask.kernels.cpu import merge
-from dynmask.masks.base import repeat_heads
-from dynmask.policies import Layer
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 KERNELS = ["cpu", "reference"]
@@ -260,7 +260,9 @@ def test_long_lists_are_computed_in_pieces(monkeypatch):
 
 
 def test_long_inputs_are_lowered_a_range_at_a_time(monkeypatch):
-    monkeypatch.setattr(sys.modules["dynmask.attention"], "ROWS_AT_A_TIME", 32)
+    module = sys.modules["dynmask.attention"]
+    monkeypatch.setattr(module, "ROWS_AT_A_TIME", 32)
+    monkeypatch.setattr(module, "LOGITS_AT_A_TIME", HEADS * 100 * 13)
     scores = torch.randn(1, GROUPS, 100, generator=generator(5))
     mask = LifetimeMask.top_w(scores, 10, queries=77)
     query, key, value = tensors(mask)

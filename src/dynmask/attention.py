@@ -18,6 +18,9 @@ IMPLS = ("auto", "cpu", "reference", "sdpa")
 ROWS_AT_A_TIME = 4096
 """Query rows lowered and computed at a time, so that plans stay small at any length."""
 
+LOGITS_AT_A_TIME = 2**24
+"""Logits that the reference holds at a time, so that it never needs N x N memory."""
+
 
 @overload
 def attention(
@@ -94,7 +97,10 @@ def attention(
     if bias is not None:
         bias = bias.expand(query.shape[0], -1, -1)
         bias = repeat_heads(bias, max(bias.shape[1], key.shape[1]))
-    for rows in _ranges(mask, query.shape[2]):
+    most = ROWS_AT_A_TIME
+    if impl == "reference":
+        most = max(1, LOGITS_AT_A_TIME // (query.shape[0] * query.shape[1] * key.shape[2]))
+    for rows in _ranges(mask, query.shape[2], most):
         if impl == "reference":
             visible = mask.dense() if isinstance(mask, Plan) else mask.dense(rows)
             part = query[:, :, slice(*rows)]
@@ -115,13 +121,11 @@ def choose(query: Tensor, mask: Mask | Plan, bias: Tensor | None, return_lse: bo
     return "cpu"
 
 
-def _ranges(mask: Mask | Plan, queries: int) -> list[tuple[int, int]]:
-    """Ranges of query rows computed one after the other."""
+def _ranges(mask: Mask | Plan, queries: int, most: int) -> list[tuple[int, int]]:
+    """Ranges of query rows computed one after the other; a plan is executed whole."""
     if isinstance(mask, Plan):
         return [(0, queries)]
-    return [
-        (first, min(first + ROWS_AT_A_TIME, queries)) for first in range(0, queries, ROWS_AT_A_TIME)
-    ]
+    return [(first, min(first + most, queries)) for first in range(0, queries, most)]
 
 
 def _sdpa(
@@ -149,7 +153,7 @@ def _sdpa(
     if queries == 1:
         return sdpa(query, key, value)
     out = query.new_empty(*query.shape[:3], value.shape[-1])
-    for first, last in _ranges(mask, queries):
+    for first, last in _ranges(mask, queries, ROWS_AT_A_TIME):
         visible = mask.dense((first, last))
         part = query[:, :, first:last]
         out[:, :, first:last] = sdpa(part, key, value, attn_mask=visible)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..plan import NO_KEY, WORD, Entries, Plan, Tiles, pack_rows
+from ..plan import NO_KEY, WORD, Entries, Plan, Tiles, compact, pack_rows, place
 from .base import Mask, check_index, check_same_size, check_sizes, repeat_heads
 from .lifetime import LifetimeMask
 
@@ -196,6 +196,8 @@ class StructuralMask(Mask):
 
     def lower_tiles(self, tiles: Tiles) -> Plan:
         """Key lists per tile: verticals and broad bands first, single diagonals as boundary."""
+        if tiles.stop - tiles.first == 1 and tiles.first >= self.length - self.first_key:
+            return self._single_row(tiles)
         entries = self._pattern_entries(tiles)
         if tiles.first < self.length - self.first_key:
             entries = entries | self._true_entries(tiles)
@@ -203,6 +205,32 @@ class StructuralMask(Mask):
             death = self.limit.death.expand(self.batch, -1, -1)
             entries = entries.limit(death, tiles)
         return entries.plan(tiles, (self.batch, self.queries, self.keys))
+
+    def _single_row(self, tiles: Tiles) -> Plan:
+        """One query row, as in decoding: its diagonals and verticals are its keys."""
+        query = tiles.first
+        diagonals = torch.where(self.diagonals < 0, NO_KEY, query - self.diagonals)
+        verticals = torch.where(self.verticals < 0, NO_KEY, self.verticals - self.first_key)
+        own = torch.full_like(diagonals[..., :1], query)
+        keys = torch.cat([diagonals, verticals, own], -1).expand(self.batch, -1, -1)
+        keys = keys.masked_fill((keys < 0) | (keys > query), NO_KEY).sort(-1).values
+        listed = keys != NO_KEY
+        listed[..., 1:] &= keys[..., 1:] != keys[..., :-1]
+        if self.limit is not None:
+            death = self.limit.death.expand(self.batch, self.heads, -1)
+            listed &= death.gather(-1, keys.clamp(max=self.keys - 1).long()) > query
+        slot, fulls, count = compact(keys, listed, torch.zeros_like(listed))
+        return Plan(
+            batch=tiles.batch,
+            row=tiles.row,
+            rows=tiles.rows,
+            position=tiles.position,
+            index=place(keys, slot, int(count.max()), 0).transpose(0, 1).contiguous(),
+            full=fulls.T.contiguous(),
+            count=count.T.contiguous(),
+            tile=1,
+            shape=(self.batch, self.queries, self.keys),
+        )
 
     def _pattern_entries(self, tiles: Tiles) -> Entries:
         """Diagonals and verticals; tiles ruled by the true mask get none.

@@ -47,12 +47,10 @@ class Dam:
     def check(self, layers: int, heads: int, kv_heads: int) -> None:
         """Raise ValueError unless the card is for a model of this shape."""
         if self.shape != (layers, heads, kv_heads):
+            own = "{} layers, {} heads, {} kv heads".format(*self.shape)
             raise ValueError(
-                "dam: expected a card for {} layers, {} heads, {} kv heads, ".format(
-                    layers, heads, kv_heads
-                )
-                + "received one for {} layers, {} heads, {} kv heads; ".format(*self.shape)
-                + "calibrate this model with dynmask calibrate"
+                f"dam: expected a card for {layers} layers, {heads} heads, {kv_heads} kv heads, "
+                f"received one for {own}; calibrate this model with dynmask calibrate"
             )
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> StructuralMask:
@@ -72,13 +70,6 @@ class Dam:
         """A layer's index sets [1, h, n] and true mask [h, L, L], unpacked once per device."""
         cache: dict = self._layers  # type: ignore[attr-defined]
         if (index, device) not in cache:
-            tensors = self.card.tensors
-            packed = tensors[f"layers.{index}.true_mask"].to(device)
-            bit = torch.arange(8, device=device, dtype=torch.uint8)
-            true_mask = ((packed[..., None] >> bit) & 1).bool().flatten(-2)
-            cache[index, device] = (
-                tensors[f"layers.{index}.diagonals"].to(device)[None],
-                tensors[f"layers.{index}.verticals"].to(device)[None],
-                true_mask[..., : packed.shape[1]],
-            )
+            diagonals, verticals, true_mask = (x.to(device) for x in self.card.patterns(index))
+            cache[index, device] = diagonals[None], verticals[None], true_mask
         return cache[index, device]

@@ -1,0 +1,90 @@
+"""The command line: ``dynmask calibrate | generate | evaluate | inspect``.
+
+Importing this package reads no model library; every command loads what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from . import calibrate, evaluate, generate, inspect
+from .common import FAILURE, INTERRUPTED, USAGE, say
+
+__all__ = ["main", "parser"]
+
+COMMANDS = (calibrate, generate, evaluate, inspect)
+
+DESCRIPTION = """\
+Dynamic attention masks for long-context language models: choose which keys each
+query reads, compute only those, and measure what that costs and keeps.
+
+a first session:
+  dynmask calibrate --model MODEL --out my-card        learn masks from MODEL's attention
+  dynmask generate  --model MODEL --policy dam:my-card --file long.txt
+  dynmask evaluate  --model MODEL --policy full --policy streaming --task needle
+  dynmask inspect   my-card --out masks.png            draw what the masks let through
+
+MODEL is a folder or a Hugging Face hub name of any causal language model.
+"""
+
+EPILOG = """\
+exit codes: 0 done, 1 failed, 2 wrong usage or input, 130 stopped with Ctrl-C
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    top = argparse.ArgumentParser(
+        prog="dynmask",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=_version())
+    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    for module in COMMANDS:
+        command = commands.add_parser(
+            module.__name__.rpartition(".")[2],
+            help=module.HELP,
+            description=module.DESCRIPTION,
+            epilog=module.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; a usage error leaves through ``SystemExit(2)``."""
+    top = parser()
+    arguments = top.parse_args(argv)
+    if arguments.command is None:
+        top.print_help()
+        return USAGE
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        say("stopped")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has left; Python would complain when it flushes at exit.
+        sys.stdout = None
+        return FAILURE
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        else:
+            say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+            if not isinstance(error, ValueError):
+                say("(run again with --debug for the full traceback)")
+        return USAGE if isinstance(error, ValueError) else FAILURE
+
+
+def _version() -> str:
+    from dynmask import __version__
+
+    return f"dynmask {__version__}"

@@ -1,0 +1,190 @@
+"""``dynmask calibrate``: learn a model's masks from its own attention."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .common import OK, add_model_options, load, positive, read_text, say
+
+__all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "documents", "run"]
+
+HELP = "learn masks from a model's attention and write them as a small card"
+DESCRIPTION = """\
+Run a frozen model over some documents, average its attention maps, and keep the
+diagonals and columns that it uses (DAM, arXiv 2506.11104). The result is a mask
+card: one small file of data for exactly this model, used as --policy dam:FOLDER.
+"""
+EPILOG = """\
+examples:
+  dynmask calibrate --model models/dynmask-reference --out my-card
+  dynmask calibrate --model Qwen/Qwen3-0.6B --text notes/ --text 'books/*.txt' --out qwen-card
+  dynmask calibrate --model MODEL --text data.jsonl --documents 64 --length 1024 --out card
+
+Documents that are shorter than --length tokens are joined with the next ones of the
+same source; what is left over is not used.
+"""
+
+SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    add_model_options(command)
+    command.add_argument("--out", required=True, metavar="FOLDER", help="where the card goes")
+    command.add_argument("--force", action="store_true", help="replace a card that is there")
+    data = command.add_argument_group("documents")
+    data.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a text or JSON-lines file, a folder of them, or a quoted pattern; may be repeated "
+        "(default: Python's own language reference, which needs no file)",
+    )
+    data.add_argument(
+        "--field", default="text", help="the JSON-lines field that holds the text (text)"
+    )
+    data.add_argument(
+        "--documents", type=positive, default=32, metavar="N", help="how many to use (32)"
+    )
+    dam = command.add_argument_group("DAM settings (defaults as published)")
+    dam.add_argument("--length", type=positive, default=512, help="tokens per document, L (512)")
+    dam.add_argument("--tau", type=float, default=0.3, help="threshold of the true mask (0.3)")
+    dam.add_argument(
+        "--mu", type=float, default=0.8, help="share of a pattern that must be kept (0.8)"
+    )
+    dam.add_argument(
+        "--lam", type=float, default=0.5, help="exponent of the Box-Cox amplifier (0.5)"
+    )
+    dam.add_argument(
+        "--amplifier", default="box_cox", metavar="NAME", help="how weights are amplified (box_cox)"
+    )
+    dam.add_argument(
+        "--min-support",
+        type=positive,
+        metavar="N",
+        help="cells that a pattern needs; 1 is the paper's rule (64)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Calibrate and save the card."""
+    folder = Path(arguments.out)
+    from dynmask.card import FILE_NAME
+
+    if (folder / FILE_NAME).exists() and not arguments.force:
+        raise ValueError(
+            f"--out: expected a folder without a card, received {folder}, which has one; "
+            "choose another folder or pass --force to replace it"
+        )
+    from dynmask.calibrate import DamSettings, calibrate
+
+    given: dict[str, Any] = {
+        name: getattr(arguments, name) for name in ("length", "tau", "mu", "lam", "amplifier")
+    }
+    # A card of short documents cannot ask for more cells than they have.
+    given["min_support"] = arguments.min_support or min(DamSettings.min_support, arguments.length)
+    settings = DamSettings(**given)
+    sources = list(texts(arguments.text, arguments.field))
+    model, tokenizer = load(arguments)
+    pieces = documents(tokenizer, sources, arguments.length, arguments.documents, arguments.seed)
+    if not pieces:
+        raise ValueError(
+            f"--text: expected at least one document of {arguments.length} tokens, received none "
+            "that long; pass more text or a smaller --length"
+        )
+    if len(pieces) < arguments.documents:
+        say(f"note: the text gives {len(pieces)} documents of {arguments.length} tokens")
+    card = calibrate(
+        model, pieces, settings=settings, seed=arguments.seed, progress=not arguments.quiet
+    )
+    path = card.save_pretrained(folder)
+    if arguments.json:
+        print(json.dumps({"card": str(path), **card.header}, indent=1))
+        return OK
+    from .inspect import describe_card
+
+    print(describe_card(card))
+    print(f"\ncard: {path}")
+    say(f"use it with --policy dam:{folder}, draw it with dynmask inspect {folder}")
+    return OK
+
+
+def texts(paths: Iterable[str], field: str) -> Iterator[str]:
+    """Yield the text of every source; the built-in one if there is no path.
+
+    Raises:
+        ValueError: if a path holds nothing, or a line of JSON lacks the field.
+    """
+    paths = list(paths)
+    if not paths:
+        from dynmask.evals.text import haystack_lines
+
+        yield "\n".join(haystack_lines())
+    for path in paths:
+        for file in _files(path):
+            if file.suffix == ".jsonl":
+                yield "\n\n".join(_json_lines(file, field))
+            else:
+                yield read_text(file)
+
+
+def _files(path: str) -> list[Path]:
+    found = Path(path)
+    if found.is_dir():
+        files = sorted(f for f in found.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    elif found.is_file():
+        files = [found]
+    else:
+        files = sorted(Path(f) for f in glob.glob(path, recursive=True) if Path(f).is_file())
+    if not files:
+        raise ValueError(
+            f"--text: expected a file, a folder with {', '.join(SUFFIXES)} files or a pattern that "
+            f"matches some, received {path!r}; check the path"
+        )
+    return files
+
+
+def _json_lines(file: Path, field: str) -> Iterator[str]:
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        text = record.get(field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{file}:{number}: expected a JSON object with the text field {field!r}, received "
+                f"{line[:60]!r}; name the right one with --field"
+            )
+        yield text
+
+
+def documents(tokenizer: Any, sources: Iterable[str], length: int, n: int, seed: int) -> list[Any]:
+    """Return up to ``n`` pieces of ``length`` tokens, drawn from all sources with ``seed``.
+
+    A beginning-of-sequence token that the tokenizer adds stands before every piece.
+    """
+    import torch
+
+    pieces = []
+    for source in sources:
+        ids = list(tokenizer(source, verbose=False)["input_ids"])
+        bos = tokenizer.bos_token_id
+        front = [bos] if bos is not None and ids[:1] == [bos] else []
+        ids = ids[len(front) :]
+        step = length - len(front)
+        pieces += [
+            torch.tensor(front + ids[start : start + step])
+            for start in range(0, len(ids) - step + 1, step)
+        ]
+    order = sorted(random.Random(seed).sample(range(len(pieces)), min(n, len(pieces))))
+    return [pieces[index] for index in order]

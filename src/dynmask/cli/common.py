@@ -1,0 +1,214 @@
+"""What the commands share: model options, loading, prompts, policies."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "FAILURE",
+    "INTERRUPTED",
+    "OK",
+    "USAGE",
+    "add_model_options",
+    "add_prompt_options",
+    "load",
+    "policy_label",
+    "positive",
+    "read_prompt",
+    "resolve_policy",
+    "say",
+]
+
+OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+POLICY_HELP = (
+    "what each query reads: full (the model's own attention), streaming, vertical_slash, pooled, "
+    "each with optional settings as in streaming:sinks=4,window=1024, or dam:FOLDER with a card "
+    "made by dynmask calibrate"
+)
+
+
+def say(text: str) -> None:
+    """Print a line to stderr, where everything but results goes."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def positive(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, received {text}")
+    return value
+
+
+def add_model_options(command: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add ``--model`` and how to run it."""
+    group = command.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        required=required,
+        metavar="MODEL",
+        help="folder or Hugging Face hub name of a causal language model",
+    )
+    group.add_argument("--revision", help="branch, tag or commit on the hub")
+    group.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="numbers to compute with (default: float32 on a CPU, else those of the checkpoint)",
+    )
+    add_run_options(command)
+
+
+def add_run_options(command: argparse.ArgumentParser) -> None:
+    """Add the options that every command has."""
+    group = command.add_argument_group("running")
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    group.add_argument("--seed", type=int, default=0, help="seed of every random choice (0)")
+    group.add_argument("--json", action="store_true", help="print the result as JSON to stdout")
+    group.add_argument("--quiet", action="store_true", help="no progress bars")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_prompt_options(command: argparse.ArgumentParser) -> None:
+    """Add where a prompt comes from."""
+    group = command.add_argument_group("prompt (standard input if neither is given)")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
+    source.add_argument("--file", metavar="FILE", help="a file that holds the prompt")
+
+
+def read_prompt(arguments: argparse.Namespace) -> str:
+    """Return the prompt from the argument, the file or standard input.
+
+    Raises:
+        ValueError: if there is none, or the file cannot be read as text.
+    """
+    if arguments.prompt is not None:
+        prompt = arguments.prompt
+    elif arguments.file is not None:
+        prompt = read_text(Path(arguments.file))
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise ValueError("prompt: expected a text, received none; pass --prompt or --file")
+    else:
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise ValueError("prompt: expected a text, received an empty one; pass --prompt or --file")
+    return prompt
+
+
+def read_text(path: Path) -> str:
+    """Return a file as text.
+
+    Raises:
+        ValueError: if it is missing or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(
+            f"{path}: expected a readable text file, received {reason}; check the path"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected UTF-8 text, received other bytes; convert the file first"
+        ) from error
+
+
+def resolve_policy(spec: str) -> Any:
+    """Return the policy of a text form; ``None`` for ``full``, the model's own attention.
+
+    Raises:
+        ValueError: if the form or a setting is unknown, or a card cannot be read.
+    """
+    if spec in ("full", "full:"):
+        return None
+    from dynmask import policies
+
+    return policies.parse(spec)
+
+
+def policy_label(spec: str) -> str:
+    """Return the name of a policy in tables: a card's folder without the path to it."""
+    name, _, rest = spec.partition(":")
+    return f"{name}:{Path(rest).name}" if name == "dam" and rest else spec
+
+
+def use_threads(arguments: argparse.Namespace) -> None:
+    """Apply ``--threads``."""
+    if arguments.threads:
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+
+
+def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the model, in eval mode on its device, and its tokenizer.
+
+    Raises:
+        ValueError: if there is no such model, device or tokenizer.
+        RuntimeError: if transformers is missing.
+    """
+    use_threads(arguments)
+    import torch
+
+    device = _device(arguments.device)
+    try:
+        import transformers
+    except ImportError as error:
+        raise RuntimeError(
+            "this command needs transformers: pip install 'dynmask[transformers]'"
+        ) from error
+    transformers.logging.set_verbosity_error()
+    if arguments.quiet or Path(arguments.model).exists():
+        transformers.logging.disable_progress_bar()  # only a download is worth a bar
+    torch.manual_seed(arguments.seed)
+    dtype = arguments.dtype
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    where = {"revision": arguments.revision} if arguments.revision else {}
+    name = arguments.model
+    if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise ValueError(
+            f"--model: expected a folder or a hub name such as owner/name, received {name!r}, "
+            "which is not here; check the path"
+        )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"--model: expected a causal language model that transformers can load, received "
+            f"{name!r} ({error})"
+        ) from error
+    return model.to(device).eval(), tokenizer
+
+
+def _device(name: str) -> Any:
+    """Return the device that was asked for.
+
+    Raises:
+        ValueError: if PyTorch does not know it or cannot reach it.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"--device: expected a device that PyTorch can use here, received {name!r}; "
+            "pass cpu, or leave the option out"
+        ) from error
+    if device.type == "meta":
+        raise ValueError("--device: expected a device that computes, received 'meta'; pass cpu")
+    return device

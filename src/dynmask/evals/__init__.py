@@ -1,0 +1,39 @@
+"""Evaluations: one task is one file; a report says what a mask cost and what it kept.
+
+``evaluate`` asks a task's questions under several policies; ``dynmask.evals.perplexity`` reads
+long text; ``dynmask.evals.plots`` and ``dynmask.evals.gallery`` draw.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .engine import Interrupted, evaluate
+    from .lines import Lines
+    from .longeval import LongEval
+    from .needle import Needle
+    from .report import Report
+    from .task import Item, Task
+
+__all__ = ["Interrupted", "Item", "Lines", "LongEval", "Needle", "Report", "Task", "evaluate"]
+
+_FILES = {
+    "Interrupted": ".engine",
+    "Item": ".task",
+    "Lines": ".lines",
+    "LongEval": ".longeval",
+    "Needle": ".needle",
+    "Report": ".report",
+    "Task": ".task",
+    "evaluate": ".engine",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a file when something of it is first asked for: a task's words need no model."""
+    if name not in _FILES:
+        raise AttributeError(f"module 'dynmask.evals' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_FILES[name], __name__), name)
