@@ -4,9 +4,10 @@
     python recipes/evaluate_reference.py --longeval FOLDER --device cpu --n 5
 
 FOLDER holds the official LongEval files ``200_lines.jsonl`` to ``800_lines.jsonl``, which are not
-part of this repository. The own tasks are asked with full attention alone. Rows go to ``benchmarks/results/reference.jsonl``, and full attention's
-accuracies to ``benchmarks/results/headline.jsonl``. DAM is calibrated here, on prose that no
-task asks about. Accuracy only: seconds are measured by ``make demo`` and ``make benchmark``.
+part of this repository. The own tasks are asked with full attention alone. Rows go to
+``benchmarks/results/reference.jsonl``, and full attention's accuracies to ``headline.jsonl``
+beside it. DAM is calibrated here, on prose that no question is about. Accuracy only: seconds are
+measured by ``make demo`` and ``make benchmark``.
 """
 
 from __future__ import annotations

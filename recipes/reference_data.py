@@ -748,9 +748,7 @@ class Batches:
     step depends on (seed, step, length) only.
     """
 
-    def __init__(
-        self, corpus: Corpus, facts: float, seed: int, tokens: int, workers: int, ahead: int
-    ) -> None:
+    def __init__(self, author: Author, seed: int, tokens: int, workers: int, ahead: int) -> None:
         context = multiprocessing.get_context("fork")
         self.ids = np.frombuffer(context.RawArray("H", ahead * tokens), np.uint16)
         self.ids = self.ids.reshape(ahead, tokens)
@@ -760,15 +758,14 @@ class Batches:
         self.free = list(range(ahead))
         self.done: dict[int, tuple[int, int]] = {}
         self.workers = [
-            context.Process(target=self._work, args=(corpus, facts, seed), daemon=True)
+            context.Process(target=self._work, args=(author, seed), daemon=True)
             for _ in range(workers)
         ]
         for worker in self.workers:
             worker.start()
 
-    def _work(self, corpus: Corpus, facts: float, seed: int) -> None:
+    def _work(self, author: Author, seed: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        author = Author(corpus, facts)
         while True:
             slot, step, length = self.wanted.get()
             for row in range(self.ids.shape[1] // length):
