@@ -73,10 +73,15 @@ def run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         path = Path(options.longeval) / f"{count}_lines.jsonl"
         # An answer is six tokens; a mask that lost it would fill the official hundred with noise.
         task = LongEval(path, max_new_tokens=24)
+    chosen: dict[str, Any] = {"full": None}
+    if kind == "longeval" and options.policies != ["full"]:
+        chosen = policies(model, tokenizer)
+        if options.policies:
+            chosen = {name: chosen[name] for name in options.policies}
     report = evaluate(
         model,
         tokenizer,
-        policies(model, tokenizer) if isinstance(task, LongEval) else {"full": None},
+        chosen,
         task,
         n=options.n,
         length=LENGTH,
@@ -127,6 +132,7 @@ def main() -> None:
     )
     parser.add_argument("--n", type=int, default=50, help="items of each task")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--policies", nargs="+", metavar="NAME", help="some of the policies")
     parser.add_argument("--jobs", type=int, default=1, help="tasks evaluated at a time")
     parser.add_argument("--threads", type=int, default=2, help="threads of each job")
     parser.add_argument("--commit", default=None, help="recorded where git cannot tell")
@@ -140,7 +146,8 @@ def main() -> None:
         waiting = {pool.submit(run, name, options): name for name in options.tasks}
         for done in as_completed(waiting):
             rows = done.result()
-            kept = [row for row in rows_of(out) if row["task"] != waiting[done]]
+            new = {(row["task"], row["policy"]) for row in rows}
+            kept = [row for row in rows_of(out) if (row["task"], row["policy"]) not in new]
             write_rows(out, sorted([*kept, *rows], key=lambda row: TASKS.index(row["task"])))
             for row in rows:
                 print(

@@ -13,6 +13,7 @@ from dynmask import (
     spans_packed,
     spans_right_padded,
 )
+from tests.strategies import generator, index_sets
 
 INF = LifetimeMask.INF
 
@@ -80,6 +81,24 @@ def test_structural_columns_are_positions_of_the_sequence():
     whole = StructuralMask(diagonals, verticals, 6)
     trimmed = StructuralMask(diagonals, verticals, 4, first_key=2)
     assert torch.equal(trimmed.dense(), whole.dense()[:, :, 2:, 2:])
+
+
+@pytest.mark.parametrize("length", [0, 30, 80])
+@pytest.mark.parametrize("first_key", [0, 1, 17, 29, 60])
+@pytest.mark.parametrize("queries", [1, 13, 50])
+def test_counted_density_of_a_trimmed_structural_mask(length, first_key, queries):
+    g = generator(length + first_key)
+    mask = StructuralMask(
+        index_sets(g, 2, 2, 60, 9),
+        index_sets(g, 2, 2, 110, 12),
+        keys=50,
+        queries=queries,
+        true_mask=torch.rand(2, length, length, generator=g) < 0.3 if length else None,
+        first_key=first_key,
+    )
+    kept = mask.dense().sum((-1, -2))
+    assert torch.equal(mask.lower().dense(), mask.dense())
+    assert torch.equal(mask.density(), kept / mask.causal_pairs())
 
 
 def test_union_over_a_group_keeps_what_one_of_its_heads_reads():

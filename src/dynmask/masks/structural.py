@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..plan import NO_KEY, WORD, Entries, Plan, Tiles, compact, pack_rows, place
+from ..plan import NO_KEY, Entries, Plan, Tiles, compact, pack_rows, place, row_words
 from .base import Mask, check_index, check_same_size, check_sizes, repeat_heads
 from .lifetime import LifetimeMask
 
@@ -105,7 +105,9 @@ class StructuralMask(Mask):
         out = causal & (diagonal | self._is_vertical()[:, :, None, :])
         if self.true_mask is not None:
             head = (q[:, 0] + self.first_key) < self.length
-            out[:, :, head] = causal[head] & self._true_rows(q[head, 0])
+            seen = self._true_rows(q[head, 0])
+            seen = torch.nn.functional.pad(seen, (0, self.keys - seen.shape[-1]))
+            out[:, :, head] = causal[head] & seen
         if self.limit is not None:
             first = int(q[0]) - self.offset
             out = out & repeat_heads(self.limit.dense((first, first + len(q))), 1)
@@ -178,6 +180,36 @@ class StructuralMask(Mask):
             out = united
         return out
 
+    def density(self) -> Tensor:
+        """Kept pairs over causal pairs: float32 [b, heads], counted without lowering the mask.
+
+        With a ``limit`` the mask is lowered.
+        """
+        if self.limit is not None:
+            return super().density()
+        kept = self._pattern_pairs()
+        border = min(self.length - self.first_key, self.keys)
+        if self.offset < border:
+            rows = torch.arange(self.offset, border, device=self.device)
+            kept = kept + self._true_rows(rows).tril(self.offset).sum((-1, -2))
+        return kept / self.causal_pairs()
+
+    def _pattern_pairs(self) -> Tensor:
+        """Pairs of the rows that diagonals and verticals rule: int64 [b, heads].
+
+        A pair on a diagonal r and a column c is the row ``c + r``; it is counted once.
+        """
+        stop = self.keys
+        first = min(max(self.offset, self.length - self.first_key), stop)
+        rest = self.diagonals.masked_fill(self.diagonals <= 0, NO_KEY)
+        diagonals = torch.nn.functional.pad(rest, (1, 0)).sort(-1).values  # 0 is the own diagonal
+        columns = self.verticals - self.first_key
+        columns = columns.masked_fill((columns < 0) | (columns >= stop), stop).contiguous()
+        below = torch.searchsorted(diagonals, stop - columns)
+        both = below - torch.searchsorted(diagonals, first - columns)
+        rows = (stop - torch.cat([diagonals, columns], -1).clamp(min=first, max=stop)).sum(-1)
+        return rows - both.sum(-1)
+
     def preferred_tile(self) -> int:
         """Tall tiles for few bands of diagonals, low ones for many.
 
@@ -198,9 +230,18 @@ class StructuralMask(Mask):
         """Key lists per tile: verticals and broad bands first, single diagonals as boundary."""
         if tiles.stop - tiles.first == 1 and tiles.first >= self.length - self.first_key:
             return self._single_row(tiles)
-        entries = self._pattern_entries(tiles)
-        if tiles.first < self.length - self.first_key:
-            entries = entries | self._true_entries(tiles)
+        border = self.length - self.first_key
+        if tiles.stop <= border:
+            entries = self._true_entries(tiles)
+        elif tiles.first >= border:
+            entries = self._pattern_entries(tiles)
+        else:
+            low = tiles.position < border
+            entries = _interleave(
+                low,
+                self._true_entries(_pick(tiles, low)),
+                self._pattern_entries(_pick(tiles, ~low)),
+            )
         if self.limit is not None:
             death = self.limit.death.expand(self.batch, -1, -1)
             entries = entries.limit(death, tiles)
@@ -233,72 +274,67 @@ class StructuralMask(Mask):
         )
 
     def _pattern_entries(self, tiles: Tiles) -> Entries:
-        """Diagonals and verticals; tiles ruled by the true mask get none.
-
-        Seen from the first row of a tile, a diagonal always covers the same key offsets, so the
-        bits of an offset are worked out once for all tiles.
-        """
-        size, words = tiles.size, -(-tiles.size // WORD)
-        b, heads = self.diagonals.shape[:2]
-        is_diagonal = torch.nn.functional.pad(self._is_diagonal(), (size - 1, size))
-        seen = is_diagonal.long().cumsum(-1)
-        some = seen[..., size - 1 :] - torch.nn.functional.pad(seen, (1, 0))[..., :-size]
-        cap = max(int((some > 0).sum(-1).max()), 1)
-        # offset of an entry: position of the tile's first row minus the key, descending
-        width = some.shape[-1]
-        offset = torch.arange(width, device=self.device).expand(b, heads, width)
-        offset = offset.masked_fill(some == 0, -1).topk(cap, -1).values
-        rows = torch.arange(size, device=self.device)
-        gather = (offset.clamp(min=0)[..., None] + rows).flatten(-2)
-        bits = is_diagonal.gather(-1, gather).unflatten(-1, (cap, size)) & (offset >= 0)[..., None]
-        packed = pack_rows(bits)  # [b, heads, cap, words]
-
+        """Diagonals and verticals of tiles that the true mask does not rule."""
         t = len(tiles) // self.batch
-        first = tiles.position[:t].long()
-        every = torch.arange(size, device=self.device) < tiles.rows[:t, None]
-        ruled = first + self.first_key >= self.length
-        every = pack_rows(every & ruled[:, None])
-        keys = first[:, None] - (offset[:, :, None] - (size - 1))
-        last = first[:, None] + tiles.rows[:t, None]
-        ok = (offset[:, :, None] >= 0) & (keys >= 0) & (keys < last)
-        keys = keys.masked_fill(~ok, NO_KEY)
-        causal = first[:, None, None] + rows >= keys[..., None]
-        diagonal = packed[:, :, None] & every[:, None] & pack_rows(causal)
-        column = self.verticals[:, :, None].long() - self.first_key
-        column = column.expand(b, heads, t, -1)
-        column = column.masked_fill((column < 0) | (column >= last), NO_KEY)
-        below = first[:, None, None] + rows >= column[..., None]
-        vertical = pack_rows(below) & every[:, None]
+        first, every = tiles.position[:t, None], row_words(tiles)[:t, None]
+        offset, bits = self._tile_diagonals(tiles)
+        keys = first - offset[:, :, None]  # [b, heads, t, cap]
+        diagonal = (bits[:, :, None] & every).masked_fill_((keys < 0)[..., None], 0)
+        column = (self.verticals - self.first_key)[:, :, None].expand(-1, -1, t, -1)
+        rows = torch.arange(tiles.size, device=self.device)
+        from_row = pack_rows(rows >= torch.arange(tiles.size + 1, device=self.device)[:, None])
+        row = (column - first).clamp(0, tiles.size).masked_fill(column < 0, tiles.size)
+        vertical = from_row[row.long()] & every
 
         def flat(x: Tensor) -> Tensor:
             x = x.expand(self.batch, *x.shape[1:])
             return x.transpose(0, 1).flatten(1, 2)
 
         return Entries.sort(
-            flat(torch.cat([keys, column], -1)).int(),
-            flat(torch.cat([diagonal.expand(b, heads, t, cap, words), vertical], 3)).contiguous(),
+            flat(torch.cat([keys, column], 3)), flat(torch.cat([diagonal, vertical], 3))
         )
+
+    def _tile_diagonals(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        """Offsets at which a tile meets a diagonal, and the bits of its rows that do.
+
+        Seen from the first row of a tile, a diagonal always covers the same offsets, so this is
+        worked out once for all tiles. No row meets an offset of the future: it is no diagonal.
+
+        Returns:
+            offset: int32 [b, heads, cap], first row's position minus the key, descending; padding
+                is beyond every position.
+            bits: int32 [b, heads, cap, ceil(tile / 32)].
+        """
+        size = tiles.size
+        is_diagonal = self._is_diagonal()[..., : tiles.stop]  # longer ones begin further down
+        is_diagonal = torch.nn.functional.pad(is_diagonal, (size - 1, size - 1))
+        total = torch.nn.functional.pad(is_diagonal.cumsum(-1, dtype=torch.int32), (1, 0))
+        some = total[..., size:] != total[..., :-size]
+        place = torch.arange(some.shape[-1], device=self.device).masked_fill(~some, -1)
+        place = place.topk(int(some.sum(-1).max()), -1).values
+        rows = torch.arange(size, device=self.device)
+        seen = is_diagonal.gather(-1, (place.clamp(min=0)[..., None] + rows).flatten(-2))
+        offset = (place - (size - 1)).masked_fill(place < 0, NO_KEY).int()
+        return offset, pack_rows(seen.unflatten(-1, (-1, size)))
 
     def _true_entries(self, tiles: Tiles) -> Entries:
-        """The true mask's keys for tiles below L."""
+        """The true mask's keys for tiles below L, the same in every batch row."""
+        t = len(tiles) // self.batch
+        row = torch.arange(tiles.size, device=self.device)
+        query = tiles.position[:t, None] + row
         border = self.length - self.first_key
-        rows = tiles.position[:, None].long() + torch.arange(tiles.size, device=self.device)
-        inside = (rows < border) & (
-            torch.arange(tiles.size, device=self.device) < tiles.rows[:, None]
-        )
-        keys = torch.arange(min(border, self.keys), device=self.device)
-        seen = self._true_rows(rows.clamp(max=border - 1).flatten())[..., : len(keys)]
-        seen = seen.unflatten(1, rows.shape) & inside[..., None]  # [heads, t, tile, keys]
-        seen &= keys <= rows[..., None]
-        words = pack_rows(seen.transpose(-1, -2))
-        return Entries.sort(keys.int().expand(*words.shape[:-1]), words)
+        seen = self._true_rows(query.clamp(max=border - 1).flatten()).unflatten(1, query.shape)
+        keys = torch.arange(seen.shape[-1], dtype=torch.int32, device=self.device)
+        seen &= (keys <= query[..., None]) & (row < tiles.rows[:t, None])[..., None]
+        words = pack_rows(seen.transpose(-1, -2)).repeat(1, self.batch, 1, 1)
+        return Entries.sort(keys.expand(*words.shape[:-1]), words)
 
-    def _true_rows(self, key_index: Tensor) -> Tensor:
-        """Rows of the true mask for rows given by key index: bool [heads, rows, keys]."""
+    def _true_rows(self, query: Tensor) -> Tensor:
+        """Rows of the true mask for query rows by key index: bool [heads, rows, keys below L]."""
         assert self.true_mask is not None
-        m = self.true_mask | torch.eye(self.length, dtype=torch.bool, device=self.device)
-        m = m[:, key_index + self.first_key, self.first_key :]
-        return torch.nn.functional.pad(m, (0, max(self.keys - m.shape[-1], 0)))[..., : self.keys]
+        keys = min(max(self.length - self.first_key, 0), self.keys)
+        seen = self.true_mask[:, query + self.first_key, self.first_key : self.first_key + keys]
+        return seen | (query[:, None] == torch.arange(keys, device=self.device))
 
     def _is_diagonal(self) -> Tensor:
         """bool [b, heads, keys], by offset; the own key always."""
@@ -309,6 +345,23 @@ class StructuralMask(Mask):
     def _is_vertical(self) -> Tensor:
         """bool [b, heads, keys], by key index."""
         return _table(self.verticals - self.first_key, self.keys)
+
+
+def _pick(tiles: Tiles, chosen: Tensor) -> Tiles:
+    """The chosen tiles, bool [t]."""
+    names = ("batch", "row", "rows", "position")
+    return replace(tiles, **{name: getattr(tiles, name)[chosen] for name in names})
+
+
+def _interleave(first: Tensor, a: Entries, b: Entries) -> Entries:
+    """Entries of all tiles: those of ``a`` where ``first`` (bool [t]) holds, elsewhere of ``b``."""
+    cap = max(a.keys.shape[-1], b.keys.shape[-1])
+    keys = a.keys.new_full((a.keys.shape[0], len(first), cap), NO_KEY)
+    words = a.words.new_zeros(*keys.shape, a.words.shape[-1])
+    for chosen, part in ((first, a), (~first, b)):
+        n = part.keys.shape[-1]
+        keys[:, chosen, :n], words[:, chosen, :n] = part.keys, part.words
+    return Entries(keys, words)
 
 
 def _table(index: Tensor, size: int) -> Tensor:
