@@ -626,12 +626,18 @@ def _phase(index: int, phase: dict[str, Any]) -> str:
         )
     recipe, last = phase["recipe"], phase["training"]
     stages = ", ".join(f"{length:,} ({share:.0%})" for length, share in recipe["stages"])
+    own = recipe.get("own", 0.0)
     return (
         f"* Phase {index}: {last['seconds'] / 60:.1f} minutes, {last['step']:,} steps of "
         f"{recipe['tokens']:,} tokens, learning rate {recipe['learning_rate']}, decayed over the "
         f"last {1 - recipe['decay_from']:.0%} of the time, {recipe.get('facts', 0.25):.0%} of the "
         f"documents with hidden facts. Sequence lengths by share of the time: {stages}; after the "
         f"first stage {recipe['shorter']:.0%} of the steps use a shorter length. "
+        + (
+            f"{own:.0%} of the documents with facts are worded as the project's needle task. "
+            if own
+            else ""
+        )
         + phase.get("note", "")
     )
 
@@ -687,8 +693,9 @@ digits stand alone. Weights in bf16, safetensors. Trained on sequences of up to
 {recipe.longest:,} tokens; beyond that it does not retrieve.
 
 ## Results
-Full attention, greedy, after the cast to bf16 and a reload, on words, names and wordings that
-training never used as keys.
+Full attention, greedy, after the cast to bf16 and a reload, on words, names and prose that
+training never used. The last phase saw the wording of the project's own tasks (lines, needle), no
+phase that of LongEval.
 
 | task | group | mean prompt tokens | items | right |
 |---|---|---|---|---|
