@@ -55,6 +55,23 @@ def test_auto_takes_sdpa_for_plain_causal_masks_only(monkeypatch):
     assert ran == ["_sdpa", "cpu_attention", "cpu_attention", "cpu_attention"]
 
 
+def test_keys_biased_to_minus_infinity_are_as_if_masked():
+    query, key, value = (
+        torch.randn(1, 2, 50, 8),
+        torch.randn(1, 1, 4200, 8),
+        torch.randn(1, 1, 4200, 8),
+    )
+    bias = torch.zeros(1, 1, 4200)
+    bias[..., :2100] = float("-inf")
+    mask = LifetimeMask.causal(4200, 50)
+    out = attention(query, key, value, mask, bias, impl="cpu")
+    torch.testing.assert_close(out, attention(query, key, value, mask, bias, impl="reference"))
+    bias[:] = float("-inf")
+    for impl in ("cpu", "reference"):
+        out, lse = attention(query, key, value, mask, bias, return_lse=True, impl=impl)
+        assert (out == 0).all() and (lse == float("-inf")).all()
+
+
 def test_values_may_be_wider_than_keys():
     mask = LifetimeMask.window(9, 4)
     query, key, value = torch.randn(1, 2, 9, 4), torch.randn(1, 1, 9, 4), torch.randn(1, 1, 9, 6)
@@ -107,6 +124,7 @@ MASK = LifetimeMask.causal(4)
             {},
             "received on meta",
         ),
+        ((x(0, 2, 4, 8), x(0, 2, 4, 8), x(0, 2, 4, 8), MASK), {}, "expected no empty dimension"),
         ((x(1, 2, 4, 8), x(1, 2, 4, 8), x(1, 2, 4, 8), MASK), {"bias": x(1, 2, 5)}, "bias: exp"),
         ((x(1, 2, 4, 8), x(1, 2, 4, 8), x(1, 2, 4, 8), MASK), {"impl": "fast"}, "impl: expected"),
         (

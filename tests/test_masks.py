@@ -125,6 +125,24 @@ def test_chosen_blocks_are_causal_and_hold_the_own_block():
     assert rows(BlockMask.from_scores(chosen, 2, 2, 4)) == ["1000", "1100", "0010", "0011"]
 
 
+def test_a_row_reads_its_own_key_even_without_diagonals():
+    none = torch.zeros(1, 1, 0, dtype=torch.int32)
+    mask = StructuralMask(none, none, 5, 1)
+    assert mask.lower().dense().flatten().tolist() == [False] * 4 + [True]
+
+
+def test_an_endless_window_is_causal():
+    assert torch.equal(LifetimeMask.window(9, 2**63).dense(), LifetimeMask.causal(9).dense())
+
+
+def test_a_single_listed_key_is_packed():
+    """A transposed [32, 1] keeps its strides when made contiguous."""
+    none = torch.full((1, 1, 1), -1, dtype=torch.int32)
+    true_mask = torch.zeros(1, 30, 30, dtype=torch.bool)
+    mask = StructuralMask(none, none, 50, true_mask=true_mask, first_key=29)
+    assert torch.equal(mask.lower(tile=32).dense(), mask.dense())
+
+
 def test_memory_follows_the_kept_keys():
     n, width = 16384, 256
     scores = torch.randn(1, 2, n, generator=torch.Generator().manual_seed(0))
@@ -140,10 +158,10 @@ def test_memory_follows_the_kept_keys():
         (lambda: LifetimeMask(torch.zeros(1, 4).int()), "death: expected an int32 tensor"),
         (lambda: LifetimeMask.causal(3, 4), "1 <= queries <= keys"),
         (lambda: LifetimeMask.causal(0), "1 <= queries <= keys"),
-        (lambda: LifetimeMask.window(4, -1), "window >= 1"),
-        (lambda: LifetimeMask.streaming(4, -1, 2), "sinks >= 0"),
+        (lambda: LifetimeMask.window(4, -1), "window >= 1, received -1"),
+        (lambda: LifetimeMask.streaming(4, -1, 2), "sinks >= 0, received -1"),
         (lambda: LifetimeMask.top_w(torch.zeros(1, 4), 2), r"\[b, heads, keys\]"),
-        (lambda: LifetimeMask.top_w(torch.zeros(1, 1, 4), 0), "1 or more"),
+        (lambda: LifetimeMask.top_w(torch.zeros(1, 1, 4), 0), "width >= 1, received 0"),
         (
             lambda: LifetimeMask.top_w(torch.tensor([[[0.0, float("nan")]]]), 1),
             r"received NaN, first at \[b, head, key\] = \[0, 0, 1\]",
@@ -173,7 +191,7 @@ def test_memory_follows_the_kept_keys():
         (lambda: BlockMask(ints(0).view(1, 1, 1, 1), 2, 2, 4), "expected 2 query blocks"),
         (lambda: BlockMask(ints(7, 0).view(1, 1, 2, 1), 2, 2, 4), "block numbers from 0 to 1"),
         (lambda: BlockMask(ints(1, 0).view(1, 1, 1, 2), 4, 2, 4), "ascending blocks"),
-        (lambda: BlockMask(ints(0).view(1, 1, 1, 1), 0, 2, 4), "block_q: expected 1 or more"),
+        (lambda: BlockMask(ints(0).view(1, 1, 1, 1), 0, 2, 4), "block_q >= 1, received 0"),
         (lambda: LifetimeMask.causal(4) | LifetimeMask.causal(5), "the same queries, keys"),
         (
             lambda: LifetimeMask.causal(4).expand(2) | LifetimeMask.causal(4).expand(3),
@@ -188,6 +206,23 @@ def test_memory_follows_the_kept_keys():
         (
             lambda: PlacedMask([LifetimeMask.causal(3)], [Span(0, 0, 4, 0, 4)], 1, 4, 4),
             "the keys and queries of its span",
+        ),
+        (lambda: LifetimeMask.window(9, 2.5), "expected a whole number"),
+        (lambda: LifetimeMask.window(-3, 2), "1 <= queries <= keys"),
+        (lambda: LifetimeMask.causal(4) | 3, "expected two masks"),
+        (
+            lambda: LifetimeMask.causal(4) & BlockMask(ints(0).view(1, 1, 1, 1), 4, 4, 4),
+            "expected a LifetimeMask on the right",
+        ),
+        (
+            lambda: BlockMask.from_scores(torch.ones(1, 1, 2, 1) > 0, 2, 2, 4),
+            "2 query blocks, 2 key blocks",
+        ),
+        (
+            lambda: PlacedMask(
+                [LifetimeMask.causal(3)] * 2, [Span(0, 0, 3, 0, 3), Span(0, 2, 5, 2, 5)], 1, 5, 5
+            ),
+            "expected disjoint",
         ),
         (lambda: PlacedMask([], [], 1, 4, 4), "one for each of 0 spans"),
         (

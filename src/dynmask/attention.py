@@ -183,6 +183,11 @@ def check_inputs(
                 f"{name}: expected {query.dtype} on {query.device} like query, received "
                 f"{x.dtype} on {x.device}; convert with {name}.to(query)"
             )
+        if 0 in x.shape:
+            raise ValueError(
+                f"{name}: expected no empty dimension, received {tuple(x.shape)}; "
+                "leave the call out where there is nothing to attend"
+            )
     b, h, q, d = query.shape
     g, k = key.shape[1:3]
     if key.shape[0] != b or key.shape[3] != d:

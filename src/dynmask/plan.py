@@ -229,8 +229,9 @@ def pack_rows(seen: Tensor) -> Tensor:
     """
     if seen.shape[-1] % WORD:
         seen = torch.nn.functional.pad(seen, (0, -seen.shape[-1] % WORD))
-    eights = seen.contiguous().view(torch.int64)
-    return ((eights * 0x0102040810204080) >> 56).to(torch.uint8).view(torch.int32)
+    eights = seen.reshape(-1).view(torch.int64)
+    words = ((eights * 0x0102040810204080) >> 56).to(torch.uint8).view(torch.int32)
+    return words.view(*seen.shape[:-1], seen.shape[-1] // WORD)
 
 
 def unpack_rows(words: Tensor, rows: int) -> Tensor:
@@ -314,16 +315,16 @@ class Entries:
     @classmethod
     def sort(cls, keys: Tensor, words: Tensor) -> Entries:
         """Sort by key and drop keys that no row sees; a key may stand twice, its rows merge."""
-        keys, words = _sort(keys.masked_fill((words == 0).all(-1), NO_KEY), words)
-        twin = (keys[..., 1:] == keys[..., :-1]) & (keys[..., 1:] != NO_KEY)
-        if bool(twin.any()):
-            merged = words.clone()
-            merged[:, :, 1:] |= words[:, :, :-1].masked_fill(~twin[..., None], 0)
-            merged[:, :, :-1].masked_fill_(twin[..., None], 0)
-            keys[..., :-1].masked_fill_(twin, NO_KEY)
-            keys, words = _sort(keys, merged)
+        keys = keys.masked_fill((words == 0).all(-1), NO_KEY)
+        keys, order = keys.sort(dim=-1, stable=True)
         cap = max(int((keys != NO_KEY).sum(-1).max()), 1)
-        return cls(keys[..., :cap], words[:, :, :cap])
+        keys, order = keys[..., :cap], order[..., :cap]
+        words = words.gather(2, order[..., None].expand(*order.shape, words.shape[-1]))
+        twin = ((keys[..., 1:] == keys[..., :-1]) & (keys[..., 1:] != NO_KEY))[..., None]
+        if bool(twin.any()):  # the second of the two stays; a key without rows is never listed
+            words[:, :, 1:] |= words[:, :, :-1].masked_fill(~twin, 0)
+            words[:, :, :-1].masked_fill_(twin, 0)
+        return cls(keys, words)
 
     def __or__(self, other: Entries) -> Entries:
         """Keys of either, seen by the rows that see them in either."""
@@ -364,8 +365,3 @@ class Entries:
             shape=shape,
             bits=bits,
         )
-
-
-def _sort(keys: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-    keys, order = keys.sort(dim=-1, stable=True)
-    return keys, words.gather(2, order[..., None].expand_as(words))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..plan import Plan
+from ..plan import Plan, unpack_rows
 
 KEYS_AT_A_TIME = 2048
 """Longest key list computed at once; longer ones go in pieces merged by log-sum-exp."""
@@ -136,18 +136,32 @@ def _single_rows(
 
 def _listed(plan: Plan, head: int, t: int) -> tuple[Keys, int, Tensor]:
     """A tile's keys, how many of them every row sees, and which rows see each of the rest."""
-    whole = plan.index[head, t, : int(plan.full[head, t])].long()
+    full, count = int(plan.full[head, t]), int(plan.count[head, t])
+    if plan.bits is not None:  # every listed key has a row that sees it
+        keys = plan.index[head, t, :count].long()
+        return (
+            _run(keys),
+            full,
+            unpack_rows(plan.bits[head, t, : count - full], int(plan.rows[t])).T,
+        )
+    whole = plan.index[head, t, :full].long()
     if plan.block > 1:
         whole = (whole[:, None] + torch.arange(plan.block, device=plan.device)).flatten()
     edge, seen = plan.boundary(head, t)
     some = seen.any(0)  # a key that no row sees is not read: it may be padding
     if not bool(some.all()):
         edge, seen = edge[some], seen[:, some]
-    keys = torch.cat([whole, edge])
-    n = len(keys)
-    if n and bool((keys.diff() == 1).all()):
-        return slice(int(keys[0]), int(keys[-1]) + 1), len(whole), seen
-    return keys, len(whole), seen
+    return _run(torch.cat([whole, edge])), len(whole), seen
+
+
+def _run(keys: Tensor) -> Keys:
+    """The keys as a slice where they are one run."""
+    if not len(keys):
+        return keys
+    first, last = int(keys[0]), int(keys[-1])
+    if last - first != len(keys) - 1 or not bool((keys.diff() == 1).all()):
+        return keys
+    return slice(first, last + 1)
 
 
 def _tile(
@@ -221,9 +235,9 @@ def _piece(
             logits = torch.cat([logits.view(-1, rows, n)[:, :, :full], edge], -1).view(-1, n)
         else:
             edge.masked_fill_(hidden, float("-inf"))
-        if full == 0 and bool(hidden.all(-1).any()):  # softmax of nothing is NaN, 0 is meant
-            empty = hidden.all(-1).repeat(len(q) // rows)
-            logits = logits.masked_fill(empty[:, None], 0)
+    if bias is not None or (full == 0 and bool((~seen).all(-1).any())):
+        empty = (logits == float("-inf")).all(-1)  # softmax of nothing is NaN, 0 is meant
+        logits = logits.masked_fill(empty[:, None], 0)
     lse = logits.logsumexp(-1) if want_lse else None
     weights = torch.softmax(logits, -1, out=buffers.get("weights", len(q), n))
     out = torch.mm(weights, v, out=buffers.get("out", len(q), v.shape[1]))

@@ -48,6 +48,6 @@ def reference_attention(
         logits = logits + repeat_heads(bias, heads).to(dtype)[:, :, None, :]
     logits = logits.masked_fill(~visible, float("-inf"))
     lse = logits.logsumexp(-1)
-    empty = ~visible.any(-1)
-    weights = (logits - lse.masked_fill(empty, 0)[..., None]).exp()
+    safe = lse.masked_fill(lse == float("-inf"), 0)  # a row without a key gives 0
+    weights = (logits - safe[..., None]).exp()
     return (weights @ v).to(query.dtype), lse

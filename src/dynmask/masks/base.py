@@ -48,9 +48,7 @@ class Mask(ABC):
         """Lower query rows [rows[0], rows[1]) to a plan with tiles of at most ``tile`` rows."""
         rows = self._range(rows)
         size = self.preferred_tile() if tile is None else tile
-        if size < 1:
-            raise ValueError(f"tile: expected a positive number of rows, received {tile}")
-        size = min(size, rows[1] - rows[0])
+        size = min(check_whole("tile", size, 1), rows[1] - rows[0])
         borders = self.borders(rows[0] + self.offset, rows[1] + self.offset)
         return self.lower_tiles(
             Tiles.cut(self.batch, rows, self.offset, size, self.device, borders)
@@ -135,8 +133,30 @@ def check_index(name: str, tensor: Tensor, dims: int, meaning: str) -> None:
         raise ValueError(f"{name}: expected an int32 tensor {meaning}, received {what}")
 
 
-def check_same_size(a: Mask, b: Mask) -> None:
+def check_whole(name: str, value: object, least: int) -> int:
+    """The value as it is, when it is a whole number of at least ``least``; else ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected a whole number, {name} >= {least}, received {value!r}")
+    return value
+
+
+def check_limit(limit: object) -> None:
+    """Raise ValueError unless ``limit`` is a lifetime mask."""
+    from .lifetime import LifetimeMask
+
+    if not isinstance(limit, LifetimeMask):
+        raise ValueError(
+            f"mask & other: expected a LifetimeMask on the right, received {type(limit).__name__}; "
+            "only lifetimes limit other masks"
+        )
+
+
+def check_same_size(a: Mask, b: object) -> None:
     """Raise ValueError unless two masks are about the same queries and keys."""
+    if not isinstance(b, Mask):
+        raise ValueError(
+            f"masks: expected two masks, received {type(a).__name__} and {type(b).__name__}"
+        )
     if (a.queries, a.keys, a.device) != (b.queries, b.keys, b.device):
         raise ValueError(
             f"masks: expected the same queries, keys and device, received {a.queries} x {a.keys} "

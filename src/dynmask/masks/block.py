@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan, Tiles, compact, place
-from .base import Mask, check_index, check_same_size, check_sizes, repeat_heads
+from .base import (
+    Mask,
+    check_index,
+    check_limit,
+    check_same_size,
+    check_sizes,
+    check_whole,
+    repeat_heads,
+)
 from .lifetime import LifetimeMask
 
 
@@ -43,8 +51,7 @@ class BlockMask(Mask):
         check_sizes(self.keys, self.queries)
         check_index("index", self.index, 4, "[b, heads, query blocks, n]")
         for name in ("block_q", "block_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, received {getattr(self, name)}")
+            check_whole(name, getattr(self, name), 1)
         blocks = (self.keys - 1) // self.block_q - self.first_block + 1
         if self.index.shape[2] != blocks:
             raise ValueError(
@@ -77,6 +84,14 @@ class BlockMask(Mask):
         """
         queries = keys if queries is None else queries
         check_sizes(keys, queries)
+        for name, block in (("block_q", block_q), ("block_k", block_k)):
+            check_whole(name, block, 1)
+        blocks = ((keys - 1) // block_q - (keys - queries) // block_q + 1, -(-keys // block_k))
+        if chosen.dtype != torch.bool or chosen.dim() != 4 or chosen.shape[2:] != blocks:
+            raise ValueError(
+                f"chosen: expected a bool tensor [b, heads, {blocks[0]} query blocks, {blocks[1]} "
+                f"key blocks], received {chosen.dtype} {tuple(chosen.shape)}"
+            )
         first = (keys - queries) // block_q
         qb = torch.arange(chosen.shape[2], device=chosen.device)[:, None] + first
         kb = torch.arange(chosen.shape[3], device=chosen.device)
@@ -145,6 +160,7 @@ class BlockMask(Mask):
 
     def __and__(self, other: LifetimeMask) -> BlockMask:
         """Intersection with a lifetime mask."""
+        check_limit(other)
         check_same_size(self, other)
         if other.heads not in (1, self.heads):
             raise ValueError(

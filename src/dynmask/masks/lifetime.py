@@ -11,7 +11,15 @@ from torch import Tensor
 
 from ..kernels.select import lifetimes_of_top_w
 from ..plan import Plan, Tiles, compact, place
-from .base import Mask, check_index, check_same_size, check_sizes, repeat_heads
+from .base import (
+    Mask,
+    check_index,
+    check_limit,
+    check_same_size,
+    check_sizes,
+    check_whole,
+    repeat_heads,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +87,9 @@ class LifetimeMask(Mask):
             first_key: position of the tensor's first key in its sequence (trimmed caches).
             device: where the mask lives.
         """
-        if sinks < 0 or window < 1:
-            raise ValueError(
-                f"streaming: expected sinks >= 0 and window >= 1, received sinks {sinks} and "
-                f"window {window}; a query always reads at least its own key"
-            )
+        check_sizes(keys, keys if queries is None else queries)
+        check_whole("sinks", sinks, 0)
+        window = min(check_whole("window", window, 1), cls.INF)
         k = torch.arange(keys, device=device)
         death = (k + window).clamp(max=cls.INF).to(torch.int32)
         death[: max(sinks - first_key, 0)] = cls.INF
@@ -110,8 +116,8 @@ class LifetimeMask(Mask):
                 f"{getattr(scores, 'dtype', type(scores).__name__)} "
                 f"{tuple(getattr(scores, 'shape', ()))}; give one score per key and kv head"
             )
-        if width < 1:
-            raise ValueError(f"width: expected 1 or more keys, received {width}")
+        check_whole("width", width, 1)
+        width = min(width, scores.shape[-1])
         if bool(scores.isnan().any()):
             where = scores.isnan().nonzero()[0].tolist()
             raise ValueError(
@@ -170,6 +176,7 @@ class LifetimeMask(Mask):
 
     def __and__(self, other: LifetimeMask) -> LifetimeMask:
         """Intersection: the earlier death of each key."""
+        check_limit(other)
         return self._combine(other, torch.minimum, self.plain and other.plain)
 
     def _combine(

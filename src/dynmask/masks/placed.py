@@ -67,6 +67,14 @@ def _check_lengths(lengths: Sequence[int], keys: int) -> None:
         )
 
 
+def _check_disjoint(spans: Sequence[Span]) -> None:
+    """Raise ValueError where two sequences share a key or a query row."""
+    order = sorted(spans, key=lambda s: (s.batch, s.key_start))
+    for a, b in pairwise(order):
+        if a.batch == b.batch and (a.key_stop > b.key_start or a.query_stop > b.query_start):
+            raise ValueError(f"spans: expected disjoint ones, received {a} and {b}")
+
+
 @dataclass(frozen=True, eq=False)
 class PlacedMask(Mask):
     """One mask per sequence and where each sequence lies; nothing else is visible.
@@ -97,6 +105,11 @@ class PlacedMask(Mask):
             )
         for mask, s in zip(self.masks, self.spans, strict=True):
             check_sizes(self.keys, self.queries)
+            if self.heads % mask.heads:
+                raise ValueError(
+                    f"masks: expected heads that divide the most of them, {self.heads}, "
+                    f"received {mask.heads}"
+                )
             size = (s.key_stop - s.key_start, s.query_stop - s.query_start)
             inside = (
                 0 <= s.batch < self.batch
@@ -109,6 +122,8 @@ class PlacedMask(Mask):
                     f"{s} inside {self.batch} x {self.queries} x {self.keys}, received batch "
                     f"{mask.batch}, {mask.queries} queries, {mask.keys} keys"
                 )
+
+        _check_disjoint(self.spans)
 
     @property
     def heads(self) -> int:

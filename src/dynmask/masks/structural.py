@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..plan import NO_KEY, Entries, Plan, Tiles, compact, pack_rows, place, row_words
-from .base import Mask, check_index, check_same_size, check_sizes, repeat_heads
+from .base import Mask, check_index, check_limit, check_same_size, check_sizes, repeat_heads
 from .lifetime import LifetimeMask
 
 
@@ -138,6 +138,7 @@ class StructuralMask(Mask):
 
     def __and__(self, other: LifetimeMask) -> StructuralMask:
         """Intersection with a lifetime mask."""
+        check_limit(other)
         check_same_size(self, other)
         if other.heads not in (1, self.heads):
             raise ValueError(
@@ -252,7 +253,7 @@ class StructuralMask(Mask):
         query = tiles.first
         diagonals = torch.where(self.diagonals < 0, NO_KEY, query - self.diagonals)
         verticals = torch.where(self.verticals < 0, NO_KEY, self.verticals - self.first_key)
-        own = torch.full_like(diagonals[..., :1], query)
+        own = torch.full((*diagonals.shape[:2], 1), query, dtype=torch.int32, device=self.device)
         keys = torch.cat([diagonals, verticals, own], -1).expand(self.batch, -1, -1)
         keys = keys.masked_fill((keys < 0) | (keys > query), NO_KEY).sort(-1).values
         listed = keys != NO_KEY

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Entries, Plan, Tiles
-from .base import Mask, repeat_heads
+from .base import Mask, check_limit, repeat_heads
 from .lifetime import LifetimeMask
 
 
@@ -57,6 +57,7 @@ class UnionMask(Mask):
 
     def __and__(self, other: LifetimeMask) -> UnionMask:
         """Intersection with a lifetime mask, part by part."""
+        check_limit(other)
         return UnionMask(tuple(p & other for p in self.parts))
 
     def preferred_tile(self) -> int:
