@@ -319,6 +319,12 @@ def swap_offsets(table: dict, header: dict) -> None:
         (lambda t, h: h.update(schema=2), "expected schema 1, received schema 2.*dynmask that"),
         (lambda t, h: h.update(schema=True), "expected schema 1, received schema True"),
         (lambda t, h: h.update(policy="magic"), "a policy among dam, received magic"),
+        (lambda t, h: h.update(policy=["dam"]), "a policy among dam, received"),
+        (
+            lambda t, h: t["layers.0.true_mask"].update(shape=[10**4000] * 3),
+            "positive whole numbers",
+        ),
+        (lambda t, h: t["layers.0.true_mask"].update(shape=[1] * 99), "at most 8 positive"),
         (lambda t, h: h.update(density=[[0.5]]), "density as 2 x 4 numbers"),
         (lambda t, h: h["data"].update(documents=4), "match its own SHA-256"),
         (lambda t, h: h.pop("tensors_sha256"), "match its own SHA-256"),

@@ -337,3 +337,18 @@ def test_evaluate_measures_perplexity_of_a_file(model, tmp_path, capsys):
     assert dynmask(*call, "--n", "1", "--quiet", "--policy", "full", "--json") == 0
     settings = json.loads(capsys.readouterr().out)["settings"]
     assert settings["text_sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("below", ["", "sub"])
+def test_an_output_folder_that_cannot_be_is_refused_before_the_model_loads(
+    below, tmp_path, capsys, monkeypatch
+):
+    taken = tmp_path / "file"
+    taken.write_text("no folder")
+    monkeypatch.setattr("dynmask.cli.calibrate.load", lambda _: pytest.fail("loaded a model"))
+    monkeypatch.setattr("dynmask.cli.evaluate.load", lambda _: pytest.fail("loaded a model"))
+    out = ("--model", "nowhere", "--out", taken / below)
+    assert "expected a folder that can be written" in refused(capsys, "calibrate", *out)
+    assert "expected a folder that can be written" in refused(
+        capsys, "evaluate", "--task", "needle", *out
+    )

@@ -744,3 +744,22 @@ def test_trimmed_keys_keep_their_positions():
     assert where.first_keys == (1, 0)
     assert where.window == 4
     assert where.has_past
+
+
+def test_another_model_with_the_same_config_object_is_refused():
+    first = tiny_llama()
+    second = type(first)(first.config).eval()
+    ids = torch.randint(3, VOCAB, (1, 9))
+    plain = second(ids).logits
+    with sparsify(first, STREAMING):
+        with pytest.raises(ValueError, match="another model with the same config object"):
+            second(ids)
+        first(ids)
+    assert torch.equal(second(ids).logits, plain)
+
+
+def test_a_removed_run_is_not_entered_again():
+    run = sparsify(tiny_llama(), STREAMING)
+    run.remove()
+    with pytest.raises(ValueError, match="received one that was removed"), run:
+        pass

@@ -63,7 +63,7 @@ class DamSettings:
             raise _bad("settings.mu", "a share in (0, 1]", self.mu)
         if not 0 < self.eps < 1:
             raise _bad("settings.eps", "a value in (0, 1)", self.eps)
-        if self.amplifier not in AMPLIFIERS:
+        if not isinstance(self.amplifier, str) or self.amplifier not in AMPLIFIERS:
             raise _bad("settings.amplifier", f"one of {', '.join(AMPLIFIERS)}", self.amplifier)
         if not 1 <= self.min_support <= self.length:
             raise _bad(

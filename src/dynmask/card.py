@@ -37,6 +37,7 @@ SCHEMA = 1
 
 _METADATA_KEY = "dynmask"
 _MAX_JSON_BYTES = 16 * 2**20
+_MAX_DIMENSIONS = 8
 _DTYPES = {"I32": torch.int32, "U8": torch.uint8}
 _MODEL_FIELDS = ("layers", "heads", "kv_heads", "head_dim")
 _HEAD_FIGURES = ("density", "kept_mass", "true_density", "true_kept_mass")
@@ -390,8 +391,10 @@ def _check_spans(table: dict[str, Any], size: int) -> tuple[Layout, dict[str, tu
             str(dtype)[:80],
         )
         _require(
-            isinstance(shape, list) and all(_is_int(n, 1) for n in shape),
-            f"a shape of positive whole numbers for {name!r}",
+            isinstance(shape, list)
+            and len(shape) <= _MAX_DIMENSIONS
+            and all(_is_int(n, 1) and n <= size for n in shape),
+            f"a shape of at most {_MAX_DIMENSIONS} positive whole numbers for {name!r}",
             str(shape)[:80],
         )
         need = math.prod(shape) * _DTYPES[dtype].itemsize
@@ -426,7 +429,7 @@ def _check_header(header: dict[str, Any]) -> None:
         "Use the dynmask that wrote the card, or calibrate again with this one.",
     )
     _require(
-        header.get("policy") in _POLICIES,
+        isinstance(header.get("policy"), str) and header["policy"] in _POLICIES,
         f"a policy among {', '.join(_POLICIES)}",
         str(header.get("policy"))[:80],
         "Use a newer dynmask, or calibrate again with this one.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,25 @@ def policy_label(spec: str) -> str:
     """Return the name of a policy in tables: a card's folder without the path to it."""
     name, _, rest = spec.partition(":")
     return f"{name}:{Path(rest).name}" if name == "dam" and rest else spec
+
+
+def output_folder(name: str) -> Path:
+    """Make the folder for results and return it, before any work is done for them.
+
+    Raises:
+        ValueError: if it cannot be made or written to.
+    """
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "a folder that is read-only")
+    except OSError as error:
+        raise ValueError(
+            f"--out: expected a folder that can be written, received {folder} "
+            f"({error.strerror or error}); choose another"
+        ) from error
+    return folder
 
 
 def use_threads(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from .common import (
     POLICY_HELP,
     add_model_options,
     load,
+    output_folder,
     policy_label,
     positive,
     read_text,
@@ -120,6 +121,8 @@ def run(arguments: argparse.Namespace) -> int:
         from dynmask.evals.plots import figure_of
 
         figure_of()  # a missing matplotlib is told now, not after the run
+    if arguments.out:
+        output_folder(arguments.out)
     model, tokenizer = load(arguments)
     from dynmask.evals.engine import Interrupted
 

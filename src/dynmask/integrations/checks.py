@@ -102,7 +102,8 @@ def check_model(model: Any) -> None:
     if any(str(c._attn_implementation).startswith(PREFIX) for c in configs(model)):
         raise ValueError(
             f"model: expected one policy at a time, received {name} that is sparsified already; "
-            "call remove() of its run first"
+            "call remove() of its run first (for a copy made while a run was on: "
+            "model.set_attn_implementation('sdpa'))"
         )
     for attribute in ("attn_logit_softcapping", "attention_logit_softcapping"):
         if getattr(config, attribute, None) is not None:

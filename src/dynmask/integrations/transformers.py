@@ -58,7 +58,8 @@ def sparsify(
     packed by restarting position_ids (where the architecture's own attention understands that;
     gpt-oss does not). Each sequence is treated as if it were alone. Sliding layers keep their
     window, attention sinks of the model stay. Gradients flow to the model's weights; the choice
-    of keys is a constant.
+    of keys is a constant. With gradient checkpointing, call ``backward`` before the run is
+    removed: it computes the forward pass again.
 
     Args:
         model: a decoder-only transformers model; for one with a vision tower, its text decoder
@@ -101,6 +102,8 @@ class Run:
         self._name = f"{PREFIX}{next(_numbers)}"
         self._before: list[tuple[Any, str | None]] = []
         self._hooks: list[Any] = []
+        self._modules = weakref.WeakSet(model.modules())
+        self._removed = False
         try:
             self._attach()
         except BaseException:
@@ -108,6 +111,11 @@ class Run:
             raise
 
     def __enter__(self) -> Run:
+        if self._removed:
+            raise ValueError(
+                "run: expected one that is in effect, received one that was removed; "
+                "call dynmask.sparsify again"
+            )
         return self
 
     def __exit__(
@@ -126,7 +134,7 @@ class Run:
             hook.remove()
         for interface in (AttentionInterface, AttentionMaskInterface):
             interface._global_mapping.pop(self._name, None)
-        self._before, self._hooks = [], []
+        self._before, self._hooks, self._removed = [], [], True
         self._placements.clear()
 
     def reset(self) -> None:
@@ -181,6 +189,12 @@ class Run:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """The attention function: query [b, h, q, d], returns [b, q, h, dv]."""
+        if module not in self._modules:
+            raise ValueError(
+                f"model: expected layers of the {type(self.model).__name__} that was sparsified, "
+                "received one of another model with the same config object, or of a copy; give "
+                "every model a config of its own (copy.deepcopy(config)), and copy models before"
+            )
         check_call(module, dropout, softcap, kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         where = self._placement(attention_mask, query, key, sliding_window)
