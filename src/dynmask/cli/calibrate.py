@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .common import OK, add_model_options, load, output_folder, positive, read_text, say
+from .common import OK, add_model_options, check_output_folder, load, positive, read_text, say
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "documents", "run"]
 
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     given["min_support"] = arguments.min_support or min(DamSettings.min_support, arguments.length)
     settings = DamSettings(**given)
     sources = list(texts(arguments.text, arguments.field))
-    output_folder(arguments.out)
+    check_output_folder(arguments.out)
     model, tokenizer = load(arguments)
     pieces = documents(tokenizer, sources, arguments.length, arguments.documents, arguments.seed)
     if not pieces:

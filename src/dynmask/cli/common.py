@@ -142,23 +142,20 @@ def policy_label(spec: str) -> str:
     return f"{name}:{Path(rest).name}" if name == "dam" and rest else spec
 
 
-def output_folder(name: str) -> Path:
-    """Make the folder for results and return it, before any work is done for them.
+def check_output_folder(name: str) -> None:
+    """Look, before any work, whether a folder for results can be made; nothing is made yet.
 
     Raises:
-        ValueError: if it cannot be made or written to.
+        ValueError: if the path or what it leads through is a file or cannot be written to.
     """
-    folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "a folder that is read-only")
-    except OSError as error:
+    folder = Path(name).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "read-only" if there.is_dir() else "a file"
         raise ValueError(
-            f"--out: expected a folder that can be written, received {folder} "
-            f"({error.strerror or error}); choose another"
-        ) from error
-    return folder
+            f"--out: expected a folder that can be written, received {name}, where {there} is "
+            f"{what}; choose another"
+        )
 
 
 def use_threads(arguments: argparse.Namespace) -> None:

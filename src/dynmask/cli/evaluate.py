@@ -14,8 +14,8 @@ from .common import (
     OK,
     POLICY_HELP,
     add_model_options,
+    check_output_folder,
     load,
-    output_folder,
     policy_label,
     positive,
     read_text,
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         figure_of()  # a missing matplotlib is told now, not after the run
     if arguments.out:
-        output_folder(arguments.out)
+        check_output_folder(arguments.out)
     model, tokenizer = load(arguments)
     from dynmask.evals.engine import Interrupted
 
