@@ -72,6 +72,16 @@ def test_keys_biased_to_minus_infinity_are_as_if_masked():
         assert (out == 0).all() and (lse == float("-inf")).all()
 
 
+@pytest.mark.parametrize("queries", [9, 1])
+def test_autocast_changes_nothing(queries):
+    mask = LifetimeMask.window(9, 4, queries)
+    query, key = torch.randn(1, 2, queries, 8), torch.randn(1, 2, 9, 8)
+    for impl in ("cpu", "reference"):
+        plain = attention(query, key, key, mask, impl=impl)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(attention(query, key, key, mask, impl=impl), plain)
+
+
 def test_values_may_be_wider_than_keys():
     mask = LifetimeMask.window(9, 4)
     query, key, value = torch.randn(1, 2, 9, 4), torch.randn(1, 1, 9, 4), torch.randn(1, 1, 9, 6)

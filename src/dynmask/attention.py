@@ -58,7 +58,8 @@ def attention(
     """Scaled dot-product attention over the pairs that a mask lets through.
 
     Queries are the last q positions of the keys (bottom-right aligned), so prefill, chunked
-    prefill and decoding are one case. Rows that see no key give 0.
+    prefill and decoding are one case. Rows that see no key give 0. Keys that no row reads may hold
+    anything; the values of the others must be finite, for 0 times NaN is NaN.
 
     Args:
         query: [b, h, q, d]; float16, bfloat16, float32 or float64.
@@ -86,9 +87,24 @@ def attention(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     if impl == "auto":
         impl = choose(query, mask, bias, return_lse)
-    if impl == "sdpa":
-        return _sdpa(query, key, value, mask, bias, factor, return_lse)
+    # Tensors are computed in the dtype they have: autocast would round single products only.
+    with torch.autocast(query.device.type, enabled=False):
+        if impl == "sdpa":
+            return _sdpa(query, key, value, mask, bias, factor, return_lse)
+        return _by_ranges(query, key, value, mask, bias, factor, return_lse, impl)
 
+
+def _by_ranges(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | Plan,
+    bias: Tensor | None,
+    factor: float,
+    return_lse: bool,
+    impl: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Lower and compute a range of query rows at a time."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(*query.shape[:3], value.shape[-1])
     lse = None
