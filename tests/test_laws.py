@@ -61,6 +61,16 @@ def test_density_is_kept_pairs_over_causal_pairs(mask):
     torch.testing.assert_close(mask.density().double(), kept.double(), rtol=1e-6, atol=1e-7)
 
 
+@given(masks())
+def test_a_plan_counts_its_pairs(mask):
+    if not isinstance(mask, PlacedMask):
+        assert torch.equal(mask.lower().kept(), mask.dense().sum((-1, -2)))
+        kept = mask.dense().sum((-1, -2)) / mask.causal_pairs()
+        torch.testing.assert_close(mask.density().double(), kept.double(), rtol=1e-6, atol=1e-7)
+    else:
+        assert int(mask.lower().kept().sum()) == int(mask.dense().sum())
+
+
 @given(simple_masks())
 def test_no_mask_sees_the_future(mask):
     q = torch.arange(mask.offset, mask.keys)[:, None]
