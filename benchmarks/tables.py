@@ -25,19 +25,18 @@ def reference() -> str:
     policies = list(dict.fromkeys(r["policy"] for r in rows))
     cells = {(r["policy"], r["task"]): r for r in rows}
     first = rows[0]
-    asked = {policy: max(r["n"] for r in rows if r["policy"] == policy) for policy in policies}
     head = " | ".join(f"{task.split()[1]} lines" for task in tasks)
     lines = [
         "Reference model, official LongEval lines, greedy, answer prefix given: right answers"
-        f" / density.\n{first['device']['name']}, {first['dtype']}, torch "
+        f", density;\n{first['device']['name']}, {first['dtype']}, torch "
         f"{first['versions']['torch']}:",
         "",
-        f"| policy | items a file | {head} |",
-        "|---|---|" + "---|" * len(tasks),
+        f"| policy | {head} |",
+        "|---|" + "---|" * len(tasks),
     ]
     for policy in policies:
         row = " | ".join(_cell(cells.get((policy, task))) for task in tasks)
-        lines.append(f"| {policy} | {asked[policy]} | {row} |")
+        lines.append(f"| {policy} | {row} |")
     dam = [r for r in rows if r["policy"].startswith("dam")]
     right = round(sum(r["accuracy"] * r["n"] for r in dam))
     lines += [
@@ -50,7 +49,9 @@ def reference() -> str:
 
 
 def _cell(row: dict[str, Any] | None) -> str:
-    return "-" if row is None else f"{row['accuracy']:.0%} / {row['density']:.1%}"
+    if row is None:
+        return "-"
+    return f"{round(row['accuracy'] * row['n'])} of {row['n']}, {row['density']:.1%}"
 
 
 def cpu() -> str:
