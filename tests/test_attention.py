@@ -82,6 +82,18 @@ def test_autocast_changes_nothing(queries):
             assert torch.equal(attention(query, key, key, mask, impl=impl), plain)
 
 
+def test_decoding_reads_the_bias_and_no_key_beyond_its_lists():
+    """Lists of one row are padded to the longest: the padding is key 0, which nobody reads."""
+    death = T([[0, 9, 9, 9, 9], [0, 2, 3, 4, 9]]).int()[None]
+    mask = LifetimeMask(death, 1)
+    query, key, value = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    bias = torch.randn(1, 2, 5)
+    truth = attention(query, key, value, mask, bias, impl="reference")
+    key[:, :, 0], value[:, :, 0] = float("nan"), float("nan")
+    torch.testing.assert_close(attention(query, key, value, mask, bias, impl="cpu"), truth)
+    assert not torch.allclose(attention(query, key, value, mask, impl="cpu"), truth)
+
+
 def test_values_may_be_wider_than_keys():
     mask = LifetimeMask.window(9, 4)
     query, key, value = torch.randn(1, 2, 9, 4), torch.randn(1, 1, 9, 4), torch.randn(1, 1, 9, 6)
