@@ -125,6 +125,15 @@ def test_chosen_blocks_are_causal_and_hold_the_own_block():
     assert rows(BlockMask.from_scores(chosen, 2, 2, 4)) == ["1000", "1100", "0010", "0011"]
 
 
+def test_a_limit_may_differ_by_head():
+    diagonals = ints(0, 1, 0, 3).view(1, 2, 2)
+    mask = StructuralMask(diagonals, diagonals, 6)
+    limit = LifetimeMask((torch.arange(6) + ints(2, 4).view(1, 2, 1)).int())
+    limited = mask & limit
+    assert torch.equal(limited.dense(), mask.dense() & limit.dense())
+    assert torch.equal(limited.lower().dense(), limited.dense())
+
+
 def test_a_row_reads_its_own_key_even_without_diagonals():
     none = torch.zeros(1, 1, 0, dtype=torch.int32)
     mask = StructuralMask(none, none, 5, 1)

@@ -239,19 +239,11 @@ class PlacedMask(Mask):
         return death
 
     def _nothing(self) -> Plan:
+        """The plan of a range of rows that lies in no sequence: no tiles."""
         none = torch.zeros(0, dtype=torch.int32, device=self.device)
-        lists = torch.zeros(self.heads, 0, 0, dtype=torch.int32, device=self.device)
-        return Plan(
-            none,
-            none,
-            none,
-            none,
-            lists,
-            lists[..., 0:0].sum(-1).int(),
-            lists[..., 0:0].sum(-1).int(),
-            1,
-            (self.batch, self.queries, self.keys),
-        )
+        counts = none.expand(self.heads, 0)
+        shape = (self.batch, self.queries, self.keys)
+        return Plan(none, none, none, none, counts[..., None], counts, counts, 1, shape)
 
 
 def _as_bits(plan: Plan) -> Plan:

@@ -110,7 +110,7 @@ class StructuralMask(Mask):
             out[:, :, head] = causal[head] & seen
         if self.limit is not None:
             first = int(q[0]) - self.offset
-            out = out & repeat_heads(self.limit.dense((first, first + len(q))), 1)
+            out = out & self.limit.dense((first, first + len(q)))
         return out
 
     def __or__(self, other: Mask) -> Mask:
