@@ -49,10 +49,14 @@ def test_auto_takes_sdpa_for_plain_causal_masks_only(monkeypatch):
         )
     x = torch.randn(1, 2, 8, 4)
     attention(x, x, x, LifetimeMask.causal(8))
-    attention(x, x, x, LifetimeMask.window(8, 99))
+    attention(x, x, x, LifetimeMask.window(8, 3))
     attention(x, x, x, LifetimeMask.causal(8), return_lse=True)
     attention(x, x, x, LifetimeMask.causal(8), bias=torch.zeros(1, 1, 8))
     assert ran == ["_sdpa", "cpu_attention", "cpu_attention", "cpu_attention"]
+    ran.clear()
+    attention(x, x, x, LifetimeMask.window(8, 99))  # these leave nothing out, and know it
+    attention(x, x, x, LifetimeMask.top_w(torch.randn(1, 2, 8), 8))
+    assert ran == ["_sdpa", "_sdpa"]
 
 
 def test_keys_biased_to_minus_infinity_are_as_if_masked():

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal, overload
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from .kernels import ops
 from .kernels.cpu import cpu_attention
 from .kernels.reference import reference_attention
 from .masks.base import Mask, repeat_heads
+from .masks.placed import PlacedMask
 from .plan import Plan
 
-IMPLS = ("auto", "cpu", "reference", "sdpa")
+IMPLS = ("auto", "cpu", "triton", "reference", "sdpa")
 
 ROWS_AT_A_TIME = 4096
 """Query rows lowered and computed at a time, so that plans stay small at any length."""
+
+LIST_BYTES = 2**30
+"""Key lists that the Triton kernels are given at a time; 4,096 rows at least."""
+
+DENSE_KEYS = 512
+"""On a GPU, keys up to which SDPA with the mask written out beats our kernels and their lowering
+(``docs/performance.md``)."""
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 LOGITS_AT_A_TIME = 2**24
 """Logits that the reference holds at a time, so that it never needs N x N memory."""
@@ -72,10 +84,12 @@ def attention(
         return_lse: also return the log-sum-exp of each row's visible logits, float32 (float64
             for float64 inputs) [b, h, q], -inf for rows that see no key. Outputs over disjoint
             sets of keys are merged by it.
-        impl: "cpu" gathers what the plan lists (tensor operations, any device); "reference" is
-            the dense oracle, a range of rows at a time; "sdpa" is PyTorch's fused attention, for
-            plain causal masks only; "auto" takes "sdpa" for a mask that is plain causal by
-            construction, without bias or lse, and "cpu" for every other.
+        impl: "triton" is the GPU's kernels (forward only; on the CPU they run under
+            ``TRITON_INTERPRET=1``); "cpu" gathers what the plan lists (tensor operations, any
+            device, differentiable); "reference" is the dense oracle, a range of rows at a time;
+            "sdpa" is PyTorch's fused attention with the mask written out, for masks without bias
+            or lse. "auto" chooses among them, always for the same pairs: see
+            :func:`dynmask.explain`.
 
     Returns:
         out [b, h, q, dv] in the dtype of ``query``, and lse when asked for.
@@ -86,11 +100,13 @@ def attention(
     mask = check_inputs(query, key, value, mask_or_plan, bias, impl)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     if impl == "auto":
-        impl = choose(query, mask, bias, return_lse)
+        impl = choose(query, mask, bias, return_lse, (key, value)).impl
     # Tensors are computed in the dtype they have: autocast would round single products only.
     with torch.autocast(query.device.type, enabled=False):
         if impl == "sdpa":
             return _sdpa(query, key, value, mask, bias, factor, return_lse)
+        if impl == "triton":
+            return _triton(query, key, value, mask, bias, factor, return_lse)
         return _by_ranges(query, key, value, mask, bias, factor, return_lse, impl)
 
 
@@ -130,11 +146,116 @@ def _by_ranges(
     return out if lse is None else (out, lse)
 
 
-def choose(query: Tensor, mask: Mask | Plan, bias: Tensor | None, return_lse: bool) -> str:
-    """What ``impl="auto"`` runs."""
-    if isinstance(mask, Mask) and mask.is_causal and bias is None and not return_lse:
-        return "sdpa"
-    return "cpu"
+class Choice(NamedTuple):
+    """What runs a call, and why."""
+
+    impl: str
+    reason: str
+
+
+def choose(
+    query: Tensor,
+    mask: Mask | Plan,
+    bias: Tensor | None,
+    return_lse: bool,
+    others: tuple[Tensor, ...] = (),
+) -> Choice:
+    """What ``impl="auto"`` runs. Every choice computes the same pairs."""
+    bare = isinstance(mask, Mask) and bias is None and not return_lse
+    on_gpu = query.device.type == "cuda"
+    usual = mask.queries in (1, mask.keys) if isinstance(mask, Mask) else False
+    if bare and mask.is_causal and (usual or not on_gpu):
+        return Choice("sdpa", "the mask is plain causal by construction")
+    if not on_gpu:
+        return Choice("cpu", "the tensors are on the CPU")
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (query, *others, bias)
+    ):
+        return Choice("cpu", "gradients are asked for, which the Triton kernels do not have yet")
+    if query.dtype not in TRITON_DTYPES:
+        return Choice("cpu", f"the Triton kernels do not compute in {query.dtype}")
+    if not ops.has_triton():
+        return Choice("cpu", "the triton package is not installed: pip install 'dynmask[triton]'")
+    if bare and mask.queries > 1 and mask.keys <= DENSE_KEYS:
+        return Choice("sdpa", f"{mask.keys} keys are no more than {DENSE_KEYS}: dense is faster")
+    return Choice("triton", "a sparse mask on a GPU")
+
+
+def _triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | Plan,
+    bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Lower and compute by the Triton kernels, as many rows at a time as ``LIST_BYTES`` hold."""
+    _check_triton(query, key, value, bias)
+    shape = (*query.shape[:3], value.shape[-1])
+    # a plan and placed sequences may leave rows out, every other mask has a tile for each row
+    holes = isinstance(mask, Plan | PlacedMask)
+    out = query.new_zeros(shape) if holes else query.new_empty(shape)
+    lse = None
+    if return_lse:
+        lse = torch.full(shape[:3], float("-inf"), dtype=torch.float32, device=query.device)
+    for plan in _plans(query, mask):
+        ops.attend(
+            query, key, value, bias, plan.index, plan.full, plan.count, plan.batch, plan.row,
+            plan.rows, plan.position, plan.death, plan.bits, plan.tile, plan.block, plan.even,
+            scale, out, lse,
+        )  # fmt: skip
+    return out if lse is None else (out, lse)
+
+
+def _plans(query: Tensor, mask: Mask | Plan) -> Iterator[Plan]:
+    """The plans of a call, one range of rows after the other."""
+    if isinstance(mask, Plan):
+        if mask.tiles:
+            yield mask
+        return
+    members = query.shape[1] // max(mask.heads, 1)
+    tile = min(mask.preferred_tile(fused=True, members=members), mask.queries)
+    row = 4 * mask.list_words(tile) * mask.heads * mask.batch // tile
+    most = max(LIST_BYTES // max(row, 1), ROWS_AT_A_TIME)
+    cuts = {x - mask.offset for x in mask.cuts()}
+    for first, last in _ranges(mask, mask.queries, most):
+        inside = sorted({first, last, *(x for x in cuts if first < x < last)})
+        for rows in pairwise(inside):
+            plan = mask.lower(rows, min(tile, rows[1] - rows[0]), fused=True)
+            if plan.tiles:
+                yield plan
+
+
+def _check_triton(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError where the Triton kernels cannot run a call that asked for them."""
+    if not ops.has_triton():
+        raise ValueError(
+            'impl="triton": expected the triton package, which is not installed; '
+            "pip install 'dynmask[triton]'"
+        )
+    if query.device.type != "cuda" and not ops.interpreting():
+        raise ValueError(
+            f'impl="triton": expected tensors on a GPU, received them on {query.device}; use '
+            'impl="cpu", or set TRITON_INTERPRET=1 before Python starts to try the kernels here'
+        )
+    if query.dtype not in TRITON_DTYPES:
+        raise ValueError(
+            f'impl="triton": expected float16, bfloat16 or float32, received {query.dtype}; '
+            'use impl="cpu"'
+        )
+    if max(query.shape[-1], value.shape[-1]) > 256:
+        raise ValueError(
+            f'impl="triton": expected head dims up to 256, received {query.shape[-1]} and '
+            f'{value.shape[-1]}; use impl="cpu"'
+        )
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (query, key, value, bias)
+    ):
+        raise ValueError(
+            'impl="triton": expected tensors without gradients, received one that requires them; '
+            'use impl="cpu" or torch.no_grad()'
+        )
 
 
 def _ranges(mask: Mask | Plan, queries: int, most: int) -> list[tuple[int, int]]:
@@ -153,26 +274,28 @@ def _sdpa(
     scale: float,
     return_lse: bool,
 ) -> Tensor:
-    """PyTorch's fused attention for plain causal masks."""
-    if isinstance(mask, Plan) or not mask.is_causal or bias is not None or return_lse:
+    """PyTorch's fused attention; masks that are not plain causal are written out."""
+    if isinstance(mask, Plan) or bias is not None or return_lse:
         raise ValueError(
-            'impl="sdpa": expected a plain causal mask (LifetimeMask.causal) without bias and '
-            'lse, received another; use impl="auto"'
+            'impl="sdpa": expected a mask, no bias and return_lse=False, received a plan, a bias '
+            'or a wish for lse; use impl="auto"'
         )
     queries, keys = query.shape[2], key.shape[2]
-    grouped = query.shape[1] != key.shape[1]  # groups are read in place, not repeated
-    sdpa = partial(
-        torch.nn.functional.scaled_dot_product_attention, scale=scale, enable_gqa=grouped
-    )
-    if queries == keys:
-        return sdpa(query, key, value, is_causal=True)
-    if queries == 1:
-        return sdpa(query, key, value)
+    heads = query.shape[1]
+    # groups are read in place, not repeated
+    more: dict[str, Any] = {"scale": scale, "enable_gqa": heads != key.shape[1]}
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    if mask.is_causal and queries == keys:
+        return sdpa(query, key, value, is_causal=True, **more)
+    if mask.is_causal and queries == 1:
+        return sdpa(query, key, value, **more)
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     for first, last in _ranges(mask, queries, ROWS_AT_A_TIME):
-        visible = mask.dense((first, last))
-        part = query[:, :, first:last]
-        out[:, :, first:last] = sdpa(part, key, value, attn_mask=visible)
+        visible = repeat_heads(mask.dense((first, last)), heads if mask.heads > 1 else 1)
+        part = sdpa(query[:, :, first:last], key, value, attn_mask=visible, **more)
+        if not mask.is_causal:  # a row that sees no key gives 0
+            part = part.masked_fill(~visible.any(-1, keepdim=True), 0)
+        out[:, :, first:last] = part
     return out
 
 

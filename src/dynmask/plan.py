@@ -33,8 +33,9 @@ class Plan:
         row: int32 [t], first query row.
         rows: int32 [t], query rows of the tile, 1 to ``tile``.
         position: int32 [t], key index of the first row itself (bottom-right aligned).
-        index: int32 [heads, t, cap], first key of each entry: the ``full`` entries in ascending
-            order, then the boundary entries in ascending order, then padding.
+        index: int32 [heads, t, cap], first key of each entry: the ``full`` entries, then the
+            boundary entries, then padding; each part is sorted by key, or by verticals before
+            diagonals where the fused lowering of a structural mask wrote it.
         full: int32 [heads, t], entries that every row of the tile sees whole.
         count: int32 [heads, t], entries in all.
         tile: largest number of rows of a tile.
@@ -43,6 +44,7 @@ class Plan:
         death: int32 [b, heads, keys] or None. Element rule ``k <= q < death[k]``.
         bits: int32 [heads, t, boundary, ceil(tile / 32)] or None. Element rule: bit i of entry j
             says whether row i of the tile sees the j-th boundary key (``block`` is 1).
+        even: whether all heads are known to have about equally long lists.
 
     With neither ``death`` nor ``bits`` the element rule is causal, ``k <= q``.
     """
@@ -59,6 +61,7 @@ class Plan:
     block: int = 1
     death: Tensor | None = None
     bits: Tensor | None = None
+    even: bool = False
 
     @property
     def heads(self) -> int:
@@ -166,7 +169,9 @@ class Plan:
 class Tiles:
     """How query rows of every batch row are cut into tiles (batch-major).
 
-    ``first`` and ``stop`` are the range of positions that the tiles cover, on the host.
+    ``first`` and ``stop`` are the range of positions that the tiles cover, on the host; ``fused``
+    says whether to lower by the fused kernels, ``regular`` whether tile i begins i sizes after
+    the first (no border cut one short).
     """
 
     batch: Tensor
@@ -176,6 +181,8 @@ class Tiles:
     size: int
     first: int
     stop: int
+    fused: bool = False
+    regular: bool = True
 
     @classmethod
     def cut(
@@ -186,6 +193,7 @@ class Tiles:
         size: int,
         device: torch.device,
         borders: Iterable[int] = (),
+        fused: bool = False,
     ) -> Tiles:
         """Cut rows [rows[0], rows[1]) into tiles of at most ``size`` rows.
 
@@ -196,6 +204,7 @@ class Tiles:
             size: largest tile.
             device: where the table lives.
             borders: positions that no tile straddles; a tile starts anew at each.
+            fused: lower by the fused kernels.
         """
         first, stop = rows[0] + offset, rows[1] + offset
         cuts = [first, *sorted({x for x in borders if first < x < stop}), stop]
@@ -210,6 +219,8 @@ class Tiles:
             size=size,
             first=first,
             stop=stop,
+            fused=fused,
+            regular=len(cuts) == 2,
         )
 
     def __len__(self) -> int:
@@ -254,12 +265,15 @@ def row_words(tiles: Tiles) -> Tensor:
     return pack_rows(torch.arange(tiles.size, device=tiles.rows.device) < tiles.rows[:, None])
 
 
-def compact(keys: Tensor, full: Tensor, partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def compact(
+    keys: Tensor, full: Tensor, partial: Tensor, cap: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Lists of the flagged keys, the full ones first, each part in the order of ``keys``.
 
     Args:
         keys: int [..., n].
         full, partial: bool [..., n], disjoint.
+        cap: capacity of the lists; their longest when None, which waits for the device.
 
     Returns:
         slot: int64 [..., n], place of each key in its list; ``cap`` where it is in none.
@@ -267,7 +281,8 @@ def compact(keys: Tensor, full: Tensor, partial: Tensor) -> tuple[Tensor, Tensor
     """
     fulls = full.sum(-1, dtype=torch.int32)
     count = fulls + partial.sum(-1, dtype=torch.int32)
-    cap = int(count.max()) if count.numel() else 0
+    if cap is None:
+        cap = int(count.max()) if count.numel() else 0
     slot = torch.where(full, full.cumsum(-1), fulls[..., None] + partial.cumsum(-1)) - 1
     slot = torch.where(full | partial, slot, torch.full_like(slot, cap))
     return slot, fulls, count
@@ -295,22 +310,40 @@ class Entries:
     def of(cls, plan: Plan) -> Entries:
         """Entries of a plan, key blocks spelled out."""
         rows = torch.arange(plan.tile, device=plan.device)
-        every = pack_rows(rows < plan.rows[:, None])
-        cap = max(int(plan.count.max()) * plan.block, 1)
-        keys = torch.full((plan.heads, plan.tiles, cap), NO_KEY, device=plan.device)
-        words = every.new_zeros(*keys.shape, every.shape[-1])
-        span = torch.arange(plan.block, device=plan.device)
-        for head in range(plan.heads):
-            for t in range(plan.tiles):
-                whole = plan.index[head, t, : int(plan.full[head, t])].long()
-                whole = (whole[:, None] + span).flatten()
-                edge, seen = plan.boundary(head, t)
-                seen = torch.nn.functional.pad(seen.T, (0, plan.tile - seen.shape[0]))
-                n = len(whole) + len(edge)
-                keys[head, t, :n] = torch.cat([whole, edge])
-                words[head, t, : len(whole)] = every[t]
-                words[head, t, len(whole) : n] = pack_rows(seen)
+        every = pack_rows(rows < plan.rows[:, None])[:, None]  # [t, 1, words]
+        slot = torch.arange(
+            max(int(plan.count.max()), 1) if plan.count.numel() else 1, device=plan.device
+        )
+        keys = plan.index[..., : len(slot)]
+        slot = slot[: keys.shape[-1]]
+        listed = (slot < plan.count[..., None]).repeat_interleave(plan.block, -1)
+        whole = (slot < plan.full[..., None]).repeat_interleave(plan.block, -1)
+        keys = keys.masked_fill(slot >= plan.count[..., None], 0)  # padding may be anything
+        if plan.block > 1:
+            keys = (keys[..., None] + torch.arange(plan.block, device=plan.device)).flatten(-2)
+        words = torch.cat([cls._seen(plan, head, keys[head], slot) for head in range(plan.heads)])
+        words = torch.where(whole[..., None], every, words).masked_fill(~listed[..., None], 0)
         return cls.sort(keys.int(), words)
+
+    @staticmethod
+    def _seen(plan: Plan, head: int, keys: Tensor, slot: Tensor) -> Tensor:
+        """Rows that see each key of one head's lists under the element rule: [1, t, n, words]."""
+        if plan.bits is not None:
+            edge = (slot - plan.full[head, :, None]).clamp(
+                min=0, max=max(plan.bits.shape[2] - 1, 0)
+            )
+            if not plan.bits.shape[2]:
+                return plan.bits.new_zeros(1, *keys.shape, plan.bits.shape[-1])
+            wide = edge[..., None].long().expand(-1, -1, plan.bits.shape[-1])
+            return plan.bits[head].gather(1, wide)[None]
+        query = plan.position[:, None, None] + torch.arange(plan.tile, device=plan.device)
+        inside = query < (plan.position + plan.rows)[:, None, None]
+        seen = (keys[..., None] <= query) & inside & (keys < plan.shape[2])[..., None]
+        if plan.death is not None:
+            death = plan.death[plan.batch.long(), head if plan.death.shape[1] > 1 else 0]
+            dies = death.gather(-1, keys.clamp(max=plan.shape[2] - 1).long())
+            seen &= query < dies[..., None]
+        return pack_rows(seen)[None]
 
     @classmethod
     def sort(cls, keys: Tensor, words: Tensor) -> Entries:

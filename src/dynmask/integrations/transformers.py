@@ -292,7 +292,7 @@ class Run:
 
     def _count(self, phase: str, query: Tensor, mask: Mask, s_aux: Tensor | None) -> None:
         sinks = s_aux is not None
-        impl = choose(query, mask, None, sinks) if self._impl == "auto" else self._impl
+        impl = choose(query, mask, None, sinks).impl if self._impl == "auto" else self._impl
         self._tally.count(phase, impl)
 
     def _compute(

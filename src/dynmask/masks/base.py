@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..kernels.ops import fused as is_fused
 from ..plan import Plan, Tiles
 
 if TYPE_CHECKING:
@@ -44,19 +45,42 @@ class Mask(ABC):
     def lower_tiles(self, tiles: Tiles) -> Plan:
         """Lower the query rows of ``tiles``, which straddle none of :meth:`borders`."""
 
-    def lower(self, rows: tuple[int, int] | None = None, tile: int | None = None) -> Plan:
-        """Lower query rows [rows[0], rows[1]) to a plan with tiles of at most ``tile`` rows."""
+    def lower(
+        self,
+        rows: tuple[int, int] | None = None,
+        tile: int | None = None,
+        fused: bool | None = None,
+    ) -> Plan:
+        """Lower query rows [rows[0], rows[1]) to a plan with tiles of at most ``tile`` rows.
+
+        ``fused`` lowers by Triton kernels, as on a GPU where triton is installed when None. They
+        write the same lists without waiting for the device, their capacity a bound.
+        """
         rows = self._range(rows)
         size = self.preferred_tile() if tile is None else tile
         size = min(check_whole("tile", size, 1), rows[1] - rows[0])
         borders = self.borders(rows[0] + self.offset, rows[1] + self.offset)
+        fused = is_fused(self.device) if fused is None else fused
         return self.lower_tiles(
-            Tiles.cut(self.batch, rows, self.offset, size, self.device, borders)
+            Tiles.cut(self.batch, rows, self.offset, size, self.device, borders, fused)
         )
 
-    def preferred_tile(self) -> int:
-        """Rows of a tile unless the caller says otherwise."""
+    def preferred_tile(self, fused: bool = False, members: int = 1) -> int:
+        """Rows of a tile unless the caller says otherwise.
+
+        Args:
+            fused: for the fused kernels.
+            members: query heads that share a list; the fused kernels stack them in one tile.
+        """
         return 128
+
+    def list_words(self, tile: int) -> int:
+        """Integers in the lists of one tile at most, as the fused lowering makes them."""
+        return self.keys
+
+    def cuts(self) -> Iterable[int]:
+        """Positions where the rule changes: what lies on both sides is lowered in two parts."""
+        return ()
 
     def borders(self, first: int, stop: int) -> Iterable[int]:
         """Positions in (first, stop) where the choice changes, so that no tile straddles them."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..kernels import ops
 from ..plan import Plan, Tiles, compact, place
 from .base import (
     Mask,
@@ -36,6 +37,7 @@ class BlockMask(Mask):
         keys: keys in the tensor.
         queries: query rows, the last ones of the keys; all of them when None.
         limit: intersection with this lifetime mask.
+        checked: the lists are known to be in order; looking at them waits for the device.
     """
 
     index: Tensor
@@ -44,11 +46,14 @@ class BlockMask(Mask):
     keys: int
     queries: int = None  # type: ignore[assignment]
     limit: LifetimeMask | None = None
+    checked: bool = False
 
     def __post_init__(self) -> None:
         if self.queries is None:
             object.__setattr__(self, "queries", self.keys)
         check_sizes(self.keys, self.queries)
+        if self.checked:
+            return
         check_index("index", self.index, 4, "[b, heads, query blocks, n]")
         for name in ("block_q", "block_k"):
             check_whole(name, getattr(self, name), 1)
@@ -77,10 +82,13 @@ class BlockMask(Mask):
         block_k: int,
         keys: int,
         queries: int | None = None,
+        most: int | None = None,
     ) -> BlockMask:
         """From a table of chosen blocks, bool [b, heads, query blocks, key blocks].
 
-        Blocks in the future are dropped; the own block of a query block is always added.
+        Blocks in the future are dropped; the own block of a query block is always added. ``most``
+        is an upper bound of the blocks in one list, where the caller knows one: on a GPU the
+        lists are made that long instead of as long as there are key blocks.
         """
         queries = keys if queries is None else queries
         check_sizes(keys, queries)
@@ -98,6 +106,10 @@ class BlockMask(Mask):
         last = ((qb + 1) * block_q).clamp(max=keys) - 1
         past = kb * block_k <= last
         own = past & ((kb + 1) * block_k > qb * block_q)
+        if ops.fused(chosen.device):
+            cap = kb.numel() if most is None else min(most, kb.numel())
+            index = ops.block_lists(chosen, block_q, block_k, keys, first, cap)
+            return cls(index, block_q, block_k, keys, queries, checked=True)
         chosen = (chosen & past) | own
         slot, _, count = compact(kb, chosen, torch.zeros_like(chosen))
         index = place(kb.int(), slot, int(count.max()), -1)
@@ -185,12 +197,18 @@ class BlockMask(Mask):
         pairs = triangle(stop - start) - triangle(first - start)
         return pairs.masked_fill(self.index < 0, 0).sum((-1, -2)) / self.causal_pairs()
 
+    def list_words(self, tile: int) -> int:
+        """Integers in the list of one tile."""
+        return self.index.shape[-1]
+
     def borders(self, first: int, stop: int) -> Iterable[int]:
         """Where query blocks begin: a tile has one list, so it lies in one query block."""
         return range(first - first % self.block_q + self.block_q, stop, self.block_q)
 
     def lower_tiles(self, tiles: Tiles) -> Plan:
         """Key blocks per tile, those wholly in the past first."""
+        if tiles.fused and self.limit is None:
+            return self._lower_fused(tiles)
         t = len(tiles) // self.batch
         first = tiles.position[:t].long()
         stop = first + tiles.rows[:t]
@@ -220,6 +238,30 @@ class BlockMask(Mask):
             shape=(self.batch, self.queries, self.keys),
             block=self.block_k,
             death=death,
+        )
+
+    def _lower_fused(self, tiles: Tiles) -> Plan:
+        """The same by the fused kernel; blocks of the past are the first of an ascending list."""
+        index, full, count = ops.block_plan(
+            self.index,
+            tiles.position,
+            tiles.rows,
+            self.batch,
+            self.block_q,
+            self.block_k,
+            self.first_block,
+        )
+        return Plan(
+            batch=tiles.batch,
+            row=tiles.row,
+            rows=tiles.rows,
+            position=tiles.position,
+            index=index,
+            full=full,
+            count=count,
+            tile=tiles.size,
+            shape=(self.batch, self.queries, self.keys),
+            block=self.block_k,
         )
 
     def _limited(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..kernels import ops
 from ..kernels.select import lifetimes_of_top_w
 from ..plan import Plan, Tiles, compact, place
 from .base import (
@@ -21,6 +22,9 @@ from .base import (
     repeat_heads,
 )
 
+CAUSAL_BLOCK = 128
+"""Keys of an entry where a plain causal mask is lowered to key blocks."""
+
 
 @dataclass(frozen=True, eq=False)
 class LifetimeMask(Mask):
@@ -32,12 +36,16 @@ class LifetimeMask(Mask):
     Args:
         death: int32 [b or 1, heads or 1, keys]; ``LifetimeMask.INF`` for keys that never die.
         queries: query rows, the last ones of the keys; all of them when None.
-        plain: set by :meth:`causal` alone: no key ever dies, known without looking at ``death``.
+        plain: no key ever dies, known without looking at ``death``; set by the constructors that
+            know it.
+        most: keys that one query reads at most, where a constructor knows it; the fused lowering
+            sizes its lists by it, and counts it when None.
     """
 
     death: Tensor
     queries: int = None  # type: ignore[assignment]
     plain: bool = False
+    most: int | None = None
 
     INF: ClassVar[int] = 2**31 - 1
 
@@ -54,7 +62,8 @@ class LifetimeMask(Mask):
         """Plain causal attention: nothing ever dies."""
         check_sizes(keys, keys if queries is None else queries)
         death = torch.full((1, 1, 1), cls.INF, dtype=torch.int32, device=device)
-        return cls(death.expand(1, 1, keys), keys if queries is None else queries, plain=True)
+        queries = keys if queries is None else queries
+        return cls(death.expand(1, 1, keys), queries, plain=True, most=keys)
 
     @classmethod
     def window(
@@ -92,11 +101,20 @@ class LifetimeMask(Mask):
         window = min(check_whole("window", window, 1), cls.INF)
         k = torch.arange(keys, device=device)
         death = (k + window).clamp(max=cls.INF).to(torch.int32)
-        death[: max(sinks - first_key, 0)] = cls.INF
-        return cls(death.view(1, 1, keys), keys if queries is None else queries)
+        sinks = max(sinks - first_key, 0)
+        death[:sinks] = cls.INF
+        most = min(sinks + window, keys)
+        queries = keys if queries is None else queries
+        return cls(death.view(1, 1, keys), queries, plain=most == keys, most=most)
 
     @classmethod
-    def top_w(cls, scores: Tensor, width: int, queries: int | None = None) -> LifetimeMask:
+    def top_w(
+        cls,
+        scores: Tensor,
+        width: int,
+        queries: int | None = None,
+        check: bool | None = None,
+    ) -> LifetimeMask:
         """Exact running top-w (Dynamic Mask Attention, arXiv 2508.02124, section 3).
 
         Query q reads the ``width`` highest-scoring keys among ``k <= q``; on a tie the later key
@@ -106,6 +124,8 @@ class LifetimeMask(Mask):
             scores: floating [b, heads, keys], one score per key and kv head.
             width: keys that a query reads, 1 or more.
             queries: query rows; all keys when None.
+            check: look for NaN scores. None looks where that costs nothing: on a GPU it would
+                wait for the device, and there NaN ranks below every number.
 
         Raises:
             ValueError: scores of another rank or type, NaN scores, or a width below 1.
@@ -118,14 +138,19 @@ class LifetimeMask(Mask):
             )
         check_whole("width", width, 1)
         width = min(width, scores.shape[-1])
-        if bool(scores.isnan().any()):
+        fused = ops.fused(scores.device)
+        if (not fused if check is None else check) and bool(scores.isnan().any()):
             where = scores.isnan().nonzero()[0].tolist()
             raise ValueError(
                 f"scores: expected numbers, received NaN, first at [b, head, key] = {where}; "
                 "look for an overflow where the scores are computed"
             )
         queries = scores.shape[-1] if queries is None else queries
-        return cls(lifetimes_of_top_w(scores.float(), width), queries)
+        if width == scores.shape[-1]:  # nothing is ever outranked by so many
+            death = torch.full((1, 1, 1), cls.INF, dtype=torch.int32, device=scores.device)
+            return cls(death.expand(scores.shape), queries, plain=True, most=width)
+        select = ops.lifetimes if fused else lifetimes_of_top_w
+        return cls(select(scores.float(), width), queries, most=width)
 
     @property
     def keys(self) -> int:  # type: ignore[override]
@@ -154,7 +179,7 @@ class LifetimeMask(Mask):
 
     def expand(self, batch: int) -> LifetimeMask:
         """The same mask for ``batch`` batch rows."""
-        return LifetimeMask(self.death.expand(batch, -1, -1), self.queries, self.plain)
+        return replace(self, death=self.death.expand(batch, -1, -1))
 
     def dense(self, rows: tuple[int, int] | None = None) -> Tensor:
         """bool [b, heads, rows, keys], straight from the definition."""
@@ -172,23 +197,33 @@ class LifetimeMask(Mask):
         """Union: with another lifetime mask, the later death of each key."""
         if not isinstance(other, LifetimeMask):
             return super().__or__(other)
-        return self._combine(other, torch.maximum, self.plain or other.plain)
+        most = None
+        if self.most is not None and other.most is not None:
+            most = min(self.most + other.most, self.keys)
+        return self._combine(other, torch.maximum, self.plain or other.plain, most)
 
     def __and__(self, other: LifetimeMask) -> LifetimeMask:
         """Intersection: the earlier death of each key."""
         check_limit(other)
-        return self._combine(other, torch.minimum, self.plain and other.plain)
+        most = min((m for m in (self.most, other.most) if m is not None), default=None)
+        return self._combine(other, torch.minimum, self.plain and other.plain, most)
 
     def _combine(
-        self, other: LifetimeMask, choose: Callable[[Tensor, Tensor], Tensor], plain: bool
+        self,
+        other: LifetimeMask,
+        choose: Callable[[Tensor, Tensor], Tensor],
+        plain: bool,
+        most: int | None,
     ) -> LifetimeMask:
         check_same_size(self, other)
         heads = max(self.heads, other.heads)
         death = choose(repeat_heads(self.death, heads), repeat_heads(other.death, heads))
-        return LifetimeMask(death, self.queries, plain)
+        return LifetimeMask(death, self.queries, plain, most)
 
     def lower_tiles(self, tiles: Tiles) -> Plan:
         """Key lists per tile: keys that live through the tile first, then those born or dying."""
+        if tiles.fused and (tiles.regular or self.plain):
+            return self._lower_fused(tiles)
         alive = self._alive(tiles.first, tiles.stop)  # [b, heads, n], padded with `keys`
         t = len(tiles) // self.batch
         death = self.death.gather(-1, alive.clamp(max=self.keys - 1))[:, :, None]
@@ -216,6 +251,53 @@ class LifetimeMask(Mask):
             shape=(self.batch, self.queries, self.keys),
             death=None if self.plain else self.death,
         )
+
+    def list_words(self, tile: int) -> int:
+        """Integers in the list of one tile at most."""
+        if self.plain:
+            return -(-self.keys // CAUSAL_BLOCK)
+        return min(self._most() + tile, self.keys)
+
+    def _lower_fused(self, tiles: Tiles) -> Plan:
+        """The same by the fused kernels; plain causal masks as runs of key blocks."""
+        if self.plain:
+            block = CAUSAL_BLOCK
+            starts = torch.arange(0, tiles.stop, block, dtype=torch.int32, device=self.device)
+            index = starts.expand(self.heads, len(tiles), -1).contiguous()
+            full = ((tiles.position + 1) // block).expand(self.heads, -1).contiguous()
+            count = -(-(tiles.position + tiles.rows) // block)
+            count = count.expand(self.heads, -1).contiguous()
+            block, death, even = CAUSAL_BLOCK, None, True
+        else:
+            index, full, count = ops.alive_lists(
+                self.death, tiles.first, tiles.stop, tiles.size, self._most()
+            )
+            block, death, even = 1, self.death, self.most is not None
+        return Plan(
+            batch=tiles.batch,
+            row=tiles.row,
+            rows=tiles.rows,
+            position=tiles.position,
+            index=index,
+            full=full,
+            count=count,
+            tile=tiles.size,
+            shape=(self.batch, self.queries, self.keys),
+            block=block,
+            death=death,
+            even=even,
+        )
+
+    def _most(self) -> int:
+        """Keys that one query reads at most; counted, which waits for the device, if not known."""
+        if self.most is not None:
+            return self.most
+        n = self.keys
+        k = torch.arange(n, device=self.device)
+        ends = self.death.long().clamp(max=n).maximum(k)  # a key that dies at once counts for none
+        change = torch.ones(*self.death.shape[:2], n + 1, dtype=torch.int64, device=self.device)
+        change.scatter_add_(-1, ends, -torch.ones_like(ends))
+        return int(change[..., :n].cumsum(-1).max())
 
     def _alive(self, first: int, stop: int) -> Tensor:
         """Keys that a query of [first, stop) reads: int64 [b, heads, n], padded with ``keys``."""

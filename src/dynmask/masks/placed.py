@@ -157,6 +157,14 @@ class PlacedMask(Mask):
                 out[s.batch, :, a - first : b - first, s.keys] = repeat_heads(own, self.heads)[0]
         return out
 
+    def preferred_tile(self, fused: bool = False, members: int = 1) -> int:
+        """The smallest tile that a sequence's mask prefers."""
+        return min(mask.preferred_tile(fused, members) for mask in self.masks)
+
+    def list_words(self, tile: int) -> int:
+        """Integers in the lists of one tile at most."""
+        return max(mask.list_words(tile) for mask in self.masks)
+
     def density(self) -> Tensor:
         """Kept pairs over the causal pairs of the sequences: float32 [batch, heads]."""
         kept = torch.zeros(self.batch, self.heads, device=self.device)
@@ -180,14 +188,19 @@ class PlacedMask(Mask):
             "unite the sequences' own masks before placing them"
         )
 
-    def lower(self, rows: tuple[int, int] | None = None, tile: int | None = None) -> Plan:
+    def lower(
+        self,
+        rows: tuple[int, int] | None = None,
+        tile: int | None = None,
+        fused: bool | None = None,
+    ) -> Plan:
         """Lower every sequence's rows in the range and join the plans."""
         first, last = self._range(rows)
         plans = []
         for mask, s in zip(self.masks, self.spans, strict=True):
             a, b = max(first, s.query_start), min(last, s.query_stop)
             if a < b:
-                own = mask.lower((a - s.query_start, b - s.query_start), tile)
+                own = mask.lower((a - s.query_start, b - s.query_start), tile, fused)
                 plans.append((own.expand_heads(self.heads), s))
         if not plans:
             return self._nothing()

@@ -8,9 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..plan import NO_KEY, Entries, Plan, Tiles, compact, pack_rows, place, row_words
+from ..kernels import ops
+from ..plan import NO_KEY, WORD, Entries, Plan, Tiles, compact, pack_rows, place, row_words
 from .base import Mask, check_index, check_limit, check_same_size, check_sizes, repeat_heads
 from .lifetime import LifetimeMask
+
+FUSED_TILE = 64
+"""Rows of a tile for the fused kernels: a lone diagonal costs as many keys."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,17 +215,28 @@ class StructuralMask(Mask):
         rows = (stop - torch.cat([diagonals, columns], -1).clamp(min=first, max=stop)).sum(-1)
         return rows - both.sum(-1)
 
-    def preferred_tile(self) -> int:
+    def preferred_tile(self, fused: bool = False, members: int = 1) -> int:
         """Tall tiles for few bands of diagonals, low ones for many.
 
         A band of neighbouring diagonals costs a tile its own rows once more, and a tile costs a
         fixed time (about 1e5 pairs' worth, measured on a CPU): work a row is least at
         ``sqrt(1e5 / bands)`` rows.
         """
+        if fused:
+            return FUSED_TILE
         d = self.diagonals
         bands = 1 + ((d[..., 1:] - d[..., :-1] > 1) & (d[..., 1:] >= 0)).sum(-1)
         rows = (1e5 / max(float(bands.float().mean()), 1.0)) ** 0.5 if d.numel() else 256
         return min(max(32 * round(rows / 32), 32), 256)
+
+    def list_words(self, tile: int) -> int:
+        """Integers in the lists of one tile at most: keys and the bits of each."""
+        keys = min(self.diagonals.shape[-1] * tile + self.verticals.shape[-1] + tile, self.keys)
+        return keys * (1 + -(-tile // WORD))
+
+    def cuts(self) -> Iterable[int]:
+        """Where the true mask ends."""
+        return (self.length - self.first_key,)
 
     def borders(self, first: int, stop: int) -> Iterable[int]:
         """The first position that the true mask no longer rules."""
@@ -229,9 +244,11 @@ class StructuralMask(Mask):
 
     def lower_tiles(self, tiles: Tiles) -> Plan:
         """Key lists per tile: verticals and broad bands first, single diagonals as boundary."""
-        if tiles.stop - tiles.first == 1 and tiles.first >= self.length - self.first_key:
-            return self._single_row(tiles)
         border = self.length - self.first_key
+        if tiles.stop - tiles.first == 1 and tiles.first >= border:
+            return self._single_row(tiles)
+        if tiles.fused and tiles.first >= border:
+            return self._lower_fused(tiles)
         if tiles.stop <= border:
             entries = self._true_entries(tiles)
         elif tiles.first >= border:
@@ -248,6 +265,30 @@ class StructuralMask(Mask):
             entries = entries.limit(death, tiles)
         return entries.plan(tiles, (self.batch, self.queries, self.keys))
 
+    def _lower_fused(self, tiles: Tiles) -> Plan:
+        """Diagonals and verticals of tiles below the true mask, by the fused kernel."""
+        offset, words = self._tile_diagonals(tiles)
+        vertical = (self.verticals - self.first_key).masked_fill(self.verticals < 0, -1)
+        index, full, count, bits = ops.pattern_lists(
+            offset, words, vertical, self._is_vertical(), tiles.position, tiles.rows, self.batch
+        )
+        plan = Plan(
+            batch=tiles.batch,
+            row=tiles.row,
+            rows=tiles.rows,
+            position=tiles.position,
+            index=index,
+            full=full,
+            count=count,
+            tile=tiles.size,
+            shape=(self.batch, self.queries, self.keys),
+            bits=bits,
+        )
+        if self.limit is None:
+            return plan
+        death = self.limit.death.expand(self.batch, -1, -1)
+        return Entries.of(plan).limit(death, tiles).plan(tiles, plan.shape)
+
     def _single_row(self, tiles: Tiles) -> Plan:
         """One query row, as in decoding: its diagonals and verticals are its keys."""
         query = tiles.first
@@ -261,13 +302,13 @@ class StructuralMask(Mask):
         if self.limit is not None:
             death = self.limit.death.expand(self.batch, self.heads, -1)
             listed &= death.gather(-1, keys.clamp(max=self.keys - 1).long()) > query
-        slot, fulls, count = compact(keys, listed, torch.zeros_like(listed))
+        slot, fulls, count = compact(keys, listed, torch.zeros_like(listed), keys.shape[-1])
         return Plan(
             batch=tiles.batch,
             row=tiles.row,
             rows=tiles.rows,
             position=tiles.position,
-            index=place(keys, slot, int(count.max()), 0).transpose(0, 1).contiguous(),
+            index=place(keys, slot, keys.shape[-1], 0).transpose(0, 1).contiguous(),
             full=fulls.T.contiguous(),
             count=count.T.contiguous(),
             tile=1,
@@ -311,11 +352,12 @@ class StructuralMask(Mask):
         is_diagonal = torch.nn.functional.pad(is_diagonal, (size - 1, size - 1))
         total = torch.nn.functional.pad(is_diagonal.cumsum(-1, dtype=torch.int32), (1, 0))
         some = total[..., size:] != total[..., :-size]
-        place = torch.arange(some.shape[-1], device=self.device).masked_fill(~some, -1)
-        place = place.topk(int(some.sum(-1).max()), -1).values
+        start = torch.arange(some.shape[-1], device=self.device).flip(-1)
+        slot, _, count = compact(start, some.flip(-1), torch.zeros_like(some))
+        start = place(start, slot, int(count.max()), -1)
         rows = torch.arange(size, device=self.device)
-        seen = is_diagonal.gather(-1, (place.clamp(min=0)[..., None] + rows).flatten(-2))
-        offset = (place - (size - 1)).masked_fill(place < 0, NO_KEY).int()
+        seen = is_diagonal.gather(-1, (start.clamp(min=0)[..., None] + rows).flatten(-2))
+        offset = (start - (size - 1)).masked_fill(start < 0, NO_KEY).int()
         return offset, pack_rows(seen.unflatten(-1, (-1, size)))
 
     def _true_entries(self, tiles: Tiles) -> Entries:

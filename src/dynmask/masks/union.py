@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..plan import Entries, Plan, Tiles
+from ..plan import WORD, Entries, Plan, Tiles
 from .base import Mask, check_limit, repeat_heads
+from .block import BlockMask
 from .lifetime import LifetimeMask
 
 
@@ -60,9 +61,20 @@ class UnionMask(Mask):
         check_limit(other)
         return UnionMask(tuple(p & other for p in self.parts))
 
-    def preferred_tile(self) -> int:
+    def preferred_tile(self, fused: bool = False, members: int = 1) -> int:
         """The smallest tile that a part prefers."""
-        return min(p.preferred_tile() for p in self.parts)
+        return min(p.preferred_tile(fused, members) for p in self.parts)
+
+    def list_words(self, tile: int) -> int:
+        """Integers in the lists of one tile at most: keys and the bits of each."""
+        keys = 0
+        for part in self.parts:
+            keys += part.list_words(tile) * (part.block_k if isinstance(part, BlockMask) else 1)
+        return min(keys, self.keys) * (1 + -(-tile // WORD))
+
+    def cuts(self) -> Iterable[int]:
+        """Where the rule of a part changes."""
+        return [x for part in self.parts for x in part.cuts()]
 
     def borders(self, first: int, stop: int) -> Iterable[int]:
         """The borders of every part."""
