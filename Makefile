@@ -6,11 +6,13 @@
 #   PY=python3             use this interpreter as it is and make no environment at all (for a
 #                          machine without a network where the dependencies are installed)
 #   ARGS="-k card"         passed on to pytest, the demo or the benchmark
+#   GPU_ARGS="--peers"     passed on to the GPU half of the benchmark, which runs where a GPU is
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
+GPU_ARGS ?=
 
 ifeq ($(origin PY),undefined)
 PY := $(VENV)/bin/python
@@ -63,6 +65,7 @@ format: $(ENVIRONMENT)
 
 benchmark: $(ENVIRONMENT)
 	$(PY) benchmarks/run.py $(ARGS)
+	$(PY) benchmarks/gpu.py $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -22,6 +22,7 @@ def record(
     note: str = "",
     command: str = "",
     origin: dict[str, Any] | None = None,
+    path: Path = FILE,
 ) -> dict[str, Any]:
     """Write one row, in place of the one for the same goal.
 
@@ -34,6 +35,7 @@ def record(
         note: what bounds a number that was not reached.
         command: what was run; this process's command line when empty.
         origin: date, commit, versions and device of a measurement made earlier.
+        path: the file to write.
     """
     here = origin or machine(device)
     row = {
@@ -54,9 +56,9 @@ def record(
     if note:
         row["note"] = note
     rows = [
-        r for r in rows_of(FILE) if (r["issue"], r["goal"], r["metric"]) != (issue, goal, metric)
+        r for r in rows_of(path) if (r["issue"], r["goal"], r["metric"]) != (issue, goal, metric)
     ]
-    write_rows(FILE, sorted([*rows, row], key=lambda r: (r["issue"], r["goal"], r["metric"])))
+    write_rows(path, sorted([*rows, row], key=lambda r: (r["issue"], r["goal"], r["metric"])))
     return row
 
 

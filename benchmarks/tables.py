@@ -1,4 +1,5 @@
-"""Tables of README, written from the result files: ``python benchmarks/tables.py``.
+"""Tables of README and docs/performance.md, written from the result files:
+``python benchmarks/tables.py``.
 
 A test runs ``text()`` and compares, so a number in README cannot part from its result.
 """
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.gpu_cases import CASES
 from benchmarks.headline import rows_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
 
 
 def reference() -> str:
@@ -81,15 +84,156 @@ def cpu() -> str:
     return "\n".join(lines)
 
 
-def text(readme: str) -> str:
-    """README with its tables written anew."""
-    for name, table in (("reference", reference()), ("cpu", cpu())):
-        block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
-        readme = re.sub(
-            f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, readme, flags=re.DOTALL
+def gpu() -> str:
+    """Our kernels on a GPU beside dense attention."""
+    rows = [r for r in rows_of(RESULTS / "gpu.jsonl") if r["variant"] != "device"]
+    cases = _gpu_cases([r for r in rows if r["mask"] not in ("auto", "decode")])
+    timed = {name: c for name, c in cases.items() if "median_s" in c.get("dynmask", {})}
+    if not timed:
+        return "Not measured yet."
+    lines = [
+        *_gpu_head(rows, "selection and lowering included, against cuDNN's causal attention:"),
+        "| mask, tokens / w | dynmask | cuDNN | speedup | kept TFLOP/s | selection, lowering |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, variants in timed.items():
+        ours, dense = variants["dynmask"], variants.get("cudnn", {})
+        lines.append(
+            f"| {name} | {_ms(ours)} | {_ms(dense)} | {_ratio(dense, ours)} | "
+            f"{ours['kept_tflops']:.0f} | {ours['share']:.0%} |"
         )
-    return readme
+    if any(r.get("extrapolated") for r in rows):
+        lines += ["", "\\* not measured: extrapolated by the square of the length."]
+    return "\n".join([*lines, *_decode_lines(rows)])
+
+
+def gpu_full() -> str:
+    """Every case and variant on a GPU, those that did not run with the reason."""
+    rows = [r for r in rows_of(RESULTS / "gpu.jsonl") if r["variant"] != "device"]
+    if not rows:
+        return "Not measured yet."
+    lines = [
+        *_gpu_head(rows, "medians (20 to 80 % quantiles); others' time over ours:"),
+        "| case | variant | time | others / ours | extra memory | remarks |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, variants in _gpu_cases(rows).items():
+        ours = variants.get("dynmask", {})
+        order = sorted(variants, key=lambda variant: variant != "dynmask")
+        lines += [f"| {name} | {v} | {_full_cells(variants[v], ours)} |" for v in order]
+    return "\n".join(lines)
+
+
+def _full_cells(row: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Time, ratio, memory and remarks of one variant."""
+    if "median_s" not in row:
+        return f"- | - | - | {row.get('status', '').replace('|', '/')}"
+    time = _ms(row)
+    if "q20_s" in row:
+        time += f" ({1e3 * row['q20_s']:.3g} to {1e3 * row['q80_s']:.3g})"
+    memory = f"{row['peak_bytes'] / 2**20:,.0f} MB" if "peak_bytes" in row else "-"
+    ratio = "" if row["variant"] == "dynmask" else _ratio(row, ours)
+    return f"{time} | {ratio} | {memory} | {_remarks(row)}"
+
+
+def _remarks(row: dict[str, Any]) -> str:
+    """What else was measured of a variant, in words."""
+    words = [row["timing"]] if row.get("timing", "events") != "events" else []
+    if "density" in row:
+        words.append(f"density {row['density']:.2%}")
+    for field, name in (
+        ("selection_s", "selection"),
+        ("lowering_s", "lowering"),
+        ("attention_s", "attention"),
+        ("floor_s", "roofline floor"),
+        ("mask_s", "its block mask, not in its time,"),
+        ("calls_s", "plain calls"),
+    ):
+        if row.get(field) is not None:
+            words.append(f"{name} {1e3 * row[field]:.3g} ms")
+    if "bandwidth_share" in row:
+        words.append(f"{row['bandwidth_share']:.0%} of a copy's bandwidth")
+    words += [row[field] for field in ("form", "how") if field in row]
+    if row.get("pairs", "same") not in ("same", "dense"):
+        words.append(row["pairs"])
+    if row.get("extrapolated"):
+        words.append(f"extrapolated from {row['extrapolated_from']}")
+    return "; ".join(words)
+
+
+def _gpu_head(rows: list[dict[str, Any]], words: str) -> list[str]:
+    """Device, shapes, ceilings."""
+    first = next((r for r in rows if "median_s" in r), rows[0])
+    (limits,) = [r for r in rows_of(RESULTS / "gpu.jsonl") if r["variant"] == "device"] or [{}]
+    most = ""
+    if limits:
+        most = (
+            f"; an 8,192-cubed product\nruns at {limits['matmul_tflops']:.0f} TFLOP/s there, a "
+            f"copy at {limits['copy_gbps']:,.0f} GB/s"
+        )
+    return [
+        "bfloat16, 32 query heads, 8 kv heads, head dim 128, "
+        f"{first['device']['name']}, torch {first['versions']['torch']}{most};",
+        words,
+        "",
+    ]
+
+
+def _gpu_cases(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Rows by case and variant, in the order of the registry and not of the last run."""
+    order = {case.name: i for i, case in enumerate(CASES)}
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda r: order.get(r["case"], len(order))):
+        cases.setdefault(row["case"], {})[row["variant"]] = row
+    return cases
+
+
+def _decode_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Decoding in one sentence."""
+    decode = {r["variant"]: r for r in rows if r["mask"] == "decode" and "median_s" in r}
+    if "dynmask" not in decode:
+        return []
+    ours = decode["dynmask"]
+    dense = min((r for v, r in decode.items() if v in ("sdpa", "folded")),
+                key=lambda r: r["median_s"], default={})  # fmt: skip
+    return [
+        "",
+        f"Decoding, {ours['width']:,} of {ours['keys']:,} keys, batch 8: "
+        f"{1e6 * ours['median_s']:.0f} µs a layer, {ours['bandwidth_share']:.0%} of a copy's "
+        f"bandwidth\non the kept bytes; dense SDPA {_ms(dense)}, {_ratio(dense, ours)}.",
+    ]
+
+
+def _ms(row: dict[str, Any]) -> str:
+    """A time, marked when it was not measured but extrapolated."""
+    if "median_s" not in row:
+        return "-"
+    ms = 1e3 * row["median_s"]
+    digits = 0 if ms >= 100 else 1 if ms >= 10 else 2 if ms >= 1 else 3
+    return f"{ms:,.{digits}f} ms" + ("*" if row.get("extrapolated") else "")
+
+
+def _ratio(dense: dict[str, Any], ours: dict[str, Any]) -> str:
+    if "median_s" not in dense or "median_s" not in ours:
+        return "-"
+    ratio = dense["median_s"] / ours["median_s"]
+    return f"{ratio:.0f}x" if ratio >= 100 else f"{ratio:.1f}x" if ratio >= 10 else f"{ratio:.2f}x"
+
+
+TABLES = {"reference": reference, "cpu": cpu, "gpu": gpu, "gpu-full": gpu_full}
+
+
+def text(page: str) -> str:
+    """A page with the tables that it has blocks for written anew."""
+    for name, table in TABLES.items():
+        pattern = f"<!-- {name} -->.*?<!-- /{name} -->"
+        if re.search(pattern, page, flags=re.DOTALL):
+            block = f"<!-- {name} -->\n{table()}\n<!-- /{name} -->"
+            page = re.sub(pattern, lambda _, b=block: b, page, flags=re.DOTALL)
+    return page
 
 
 if __name__ == "__main__":
-    README.write_text(text(README.read_text()))
+    for file in (README, PERFORMANCE):
+        if file.exists():
+            file.write_text(text(file.read_text()))

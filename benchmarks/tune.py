@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from dynmask import BlockMask, LifetimeMask, StructuralMask
+from dynmask import BlockMask, LifetimeMask, Mask, StructuralMask
 from dynmask.kernels.triton.call import PlanTensors
 from dynmask.kernels.triton.decode import decode
 from dynmask.kernels.triton.prefill import Config, prefill
@@ -35,57 +35,46 @@ def candidates(kind: str) -> list[tuple[int, Config]]:
     """Tiles and configurations worth a try."""
     if kind == "block":
         return [
-            (128, Config(128, step, 8, stages, registers))
-            for step, stages, registers in itertools.product((64, 128), (2, 3), (None, 128))
-        ] + [(128, Config(128, 64, 8, 4)), (128, Config(128, 32, 8, 4, 128))]
+            (128, Config(128, 64, 8, 2, 128)),
+            (128, Config(128, 32, 8, 3, 128)),
+            (128, Config(128, 128, 8, 2)),
+            (128, Config(128, 64, 8, 3, 168)),
+            (64, Config(64, 64, 4, 2, 168)),
+            (64, Config(64, 128, 4, 2)),
+        ]
     if kind == "structural":
         return [
-            (tile, Config(tile, step, warps, stages))
-            for tile, step, warps, stages in itertools.product((32, 64), (32, 64), (4,), (2, 3))
-        ] + [
-            (128, Config(128, 64, 8, 3, 128)),
-            (16, Config(16, 64, 2, 3)),
-            (32, Config(32, 64, 2, 3)),
+            *((tile, Config(tile, step, 4, 2)) for tile in (32, 64) for step in (32, 64)),
+            (64, Config(64, 64, 4, 2, 168)),
+            (64, Config(64, 64, 8, 2, 128)),
+            (128, Config(128, 64, 8, 2, 128)),
+            (32, Config(32, 64, 2, 2)),
+            (32, Config(32, 32, 2, 2)),
+            (16, Config(16, 64, 2, 2)),
         ]
     out = []
-    for tile, rows in ((128, 128), (64, 128), (32, 128)):
-        out += [
-            (tile, Config(rows, 64, 8, 3, 128)),
-            (tile, Config(rows, 32, 8, 3, 128)),
-        ]
-    for tile in (128, 64):
-        out += [
-            (tile, Config(128, 64, 8, 3)),
-            (tile, Config(128, 64, 8, 2, 128)),
-            (tile, Config(128, 32, 8, 4, 128)),
-            (tile, Config(128, 32, 4, 4)),
-            (tile, Config(128, 32, 4, 3)),
-            (tile, Config(64, 64, 4, 3, 168)),
-            (tile, Config(64, 64, 4, 2, 168)),
-            (tile, Config(64, 32, 4, 4, 168)),
-            (tile, Config(64, 32, 4, 4, 128)),
-        ]
-    out += [(64, Config(256, 64, 8, 3)), (128, Config(256, 64, 8, 3)), (64, Config(256, 32, 8, 4))]
-    out += [(64, Config(256, 64, 16, 3)), (64, Config(256, 32, 16, 3, 128))]
-    out += [(128, Config(128, 128, 8, 2)), (64, Config(128, 128, 8, 2))]
+    for tile in (128, 64, 32):
+        out += [(tile, Config(128, 64, 8, 2, 128)), (tile, Config(128, 32, 8, 3, 128))]
+    out += [(64, Config(128, 32, 8, 4, 128)), (64, Config(256, 64, 8, 3))]
+    out += [(64, Config(256, 64, 16, 3, 128)), (128, Config(128, 64, 8, 3))]
     return out
 
 
-def plan_of(kind: str, keys: int, tile: int) -> Plan:
-    """The plan of one kind of mask."""
+def mask_of(kind: str, keys: int) -> Mask:
+    """One kind of mask."""
     g = torch.Generator("cuda").manual_seed(0)
     if kind == "lifetime":
         width = 2048 if keys > 65536 else min(1024, keys // 2)
         scores = torch.randn(1, GROUPS, keys, generator=g, device="cuda")
-        return LifetimeMask.top_w(scores, width).lower(tile=tile)
+        return LifetimeMask.top_w(scores, width)
     if kind == "block":
         n = keys // 128
         chosen = torch.rand(1, HEADS, n, n, generator=g, device="cuda") < 0.05
-        return BlockMask.from_scores(chosen, 128, 128, keys).lower(tile=tile)
+        return BlockMask.from_scores(chosen, 128, 128, keys)
     base = torch.arange(8, device="cuda") * (keys // 9)
     d = (base[:, None] + torch.arange(8, device="cuda")).flatten().int().expand(1, HEADS, 64)
     v = (torch.arange(32, device="cuda") * (keys // 33)).int().expand(1, HEADS, 32)
-    return StructuralMask(d.contiguous(), v.contiguous(), keys).lower(tile=tile)
+    return StructuralMask(d.contiguous(), v.contiguous(), keys)
 
 
 def tensors_of(plan: Plan) -> PlanTensors:
@@ -109,19 +98,13 @@ def compile_some(kind: str, chosen: list[tuple[int, Config]]) -> None:
     """Run configurations once on a short input, which leaves the compiled kernels on disk."""
     for tile, config in chosen:
         try:
-            time_one(kind, SMALL, tile, config, plan_of(kind, SMALL, tile), inputs(SMALL), 0)
+            time_one(config, mask_of(kind, SMALL).lower(tile=tile), inputs(SMALL), 0)
         except Exception:
             continue  # too large for the chip: the run below says so
 
 
 def time_one(
-    kind: str,
-    keys: int,
-    tile: int,
-    config: Config,
-    plan: Plan,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    rounds: int = 7,
+    config: Config, plan: Plan, tensors: tuple[Tensor, Tensor, Tensor], rounds: int = 7
 ) -> float:
     """Median milliseconds of the kernel alone."""
     query, key, value = tensors
@@ -146,18 +129,18 @@ def time_one(
 
 def tune(kind: str, keys: int) -> list[dict[str, Any]]:
     """Every candidate of a kind, fastest first."""
-    tensors = inputs(keys)
+    tensors, mask = inputs(keys), mask_of(kind, keys)
+    kept = float(mask.density().double().mean()) * mask.causal_pairs() * HEADS
     rows, plans = [], {}
     for tile, config in candidates(kind):
         try:
             if tile not in plans:
-                plans = {tile: plan_of(kind, keys, tile)}  # one at a time: lists are large
-            plan = plans[tile]
-            ms = time_one(kind, keys, tile, config, plan, tensors)
+                plans = {}  # one at a time: lists are large
+                plans = {tile: mask.lower(tile=tile)}
+            ms = time_one(config, plans[tile], tensors)
         except Exception as error:
             print(kind, tile, config, type(error).__name__, str(error)[:80], flush=True)
             continue
-        kept = float(plan.kept().double().mean()) * HEADS
         rate = 4 * DIM * kept / ms / 1e9
         rows.append({"kind": kind, "keys": keys, "tile": tile, **asdict(config), "ms": ms})
         rows[-1]["tflops"] = rate
@@ -190,7 +173,7 @@ def tune_decode(keys: int = 65536, kept: int = 2048, batch: int = 8) -> list[dic
     out = torch.empty_like(query)
     rows = []
     for splits, step, warps, stages in itertools.product(
-        (8, 16, 32), (32, 64, 128), (2, 4, 8), (2, 4)
+        (8, 16, 32), (32, 64, 128), (4, 8), (2, 3)
     ):
 
         def run(s: int = splits, t: int = step, w: int = warps, p: int = stages) -> None:

@@ -4,6 +4,7 @@ import torch
 from hypothesis import strategies as st
 
 from dynmask import BlockMask, LifetimeMask, PlacedMask, Span, StructuralMask
+from dynmask.masks.base import repeat_heads
 
 HEADS, GROUPS = 4, 2
 
@@ -61,8 +62,8 @@ def block(g, keys, queries, b, heads, block_q, block_k, share=0.4):
 
 
 @st.composite
-def simple_masks(draw, batch=None, size=None):
-    keys, queries = draw(sizes()) if size is None else size
+def simple_masks(draw, batch=None, size=None, most=150):
+    keys, queries = draw(sizes(most)) if size is None else size
     g = generator(draw(st.integers(0, 2**20)))
     b = draw(st.sampled_from([1, 2])) if batch is None else batch
     heads = draw(st.sampled_from([1, GROUPS, HEADS]))
@@ -77,12 +78,12 @@ def simple_masks(draw, batch=None, size=None):
 
 
 @st.composite
-def masks(draw):
+def masks(draw, most=150):
     """A mask of any kind: simple, limited, united, or sequences placed in one batch."""
     form = draw(st.sampled_from(["simple", "limited", "united", "placed"]))
     if form == "placed":
-        return draw(placed_masks())
-    mask = draw(simple_masks())
+        return draw(placed_masks(min(most, 60)))
+    mask = draw(simple_masks(most=most))
     if form == "limited":
         width = draw(st.integers(1, mask.keys + 3))
         mask = mask & LifetimeMask.window(mask.keys, width, mask.queries)
@@ -92,11 +93,11 @@ def masks(draw):
 
 
 @st.composite
-def placed_masks(draw):
+def placed_masks(draw, most=60):
     """One to three sequences, side by side or in batch rows of their own, with gaps between."""
     count, gap = draw(st.integers(1, 3)), draw(st.integers(0, 5))
     packed = draw(st.booleans())
-    lengths = [draw(st.integers(1, 60)) for _ in range(count)]
+    lengths = [draw(st.integers(1, most)) for _ in range(count)]
     start, spans = gap, []
     for i, n in enumerate(lengths):
         first = start if packed else gap
@@ -107,11 +108,31 @@ def placed_masks(draw):
     return PlacedMask(own, spans, 1 if packed else count, total, total)
 
 
-def tensors(mask, seed=0, dtype=torch.float64, dim=8, heads=HEADS, groups=GROUPS):
+def tensors(
+    mask,
+    seed=0,
+    dtype=torch.float64,
+    dim=8,
+    heads=HEADS,
+    groups=GROUPS,
+    value_dim=None,
+    device="cpu",
+):
+    """Query, key and value that fit a mask: the same numbers in every dtype, on every device."""
     g = generator(seed)
-    b = mask.batch
-    return (
-        torch.randn(b, heads, mask.queries, dim, generator=g, dtype=torch.float64).to(dtype),
-        torch.randn(b, groups, mask.keys, dim, generator=g, dtype=torch.float64).to(dtype),
-        torch.randn(b, groups, mask.keys, dim, generator=g, dtype=torch.float64).to(dtype),
+    b, wide = mask.batch, dim if value_dim is None else value_dim
+    shapes = (
+        (b, heads, mask.queries, dim),
+        (b, groups, mask.keys, dim),
+        (b, groups, mask.keys, wide),
     )
+    draws = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
+    return tuple(x.to(device, dtype) for x in draws)
+
+
+def poison(mask, key, value):
+    """NaN in every key and value that no query head of the group reads, in place."""
+    groups = key.shape[1]
+    heads = max(mask.heads, groups)
+    read = repeat_heads(mask.dense().any(-2), heads).view(mask.batch, groups, -1, mask.keys).any(2)
+    key[~read], value[~read] = float("nan"), float("nan")

@@ -129,7 +129,8 @@ class Plan:
         """Visible pairs of each tile's boundary under the interval rules: int64 [heads, t]."""
         slot = torch.arange(self.index.shape[-1], device=self.device)
         edge = (slot >= self.full[..., None]) & (slot < self.count[..., None])
-        keys = self.index[..., None].long() + torch.arange(self.block, device=self.device)
+        index = self.index.masked_fill(~edge, self.shape[2])  # padding may be anything
+        keys = index[..., None].long() + torch.arange(self.block, device=self.device)
         first = self.position.long()[:, None, None]
         stop = first + self.rows.long()[:, None, None]
         inside = edge[..., None] & (keys < self.shape[2])
@@ -207,15 +208,22 @@ class Tiles:
             fused: lower by the fused kernels.
         """
         first, stop = rows[0] + offset, rows[1] + offset
-        cuts = [first, *sorted({x for x in borders if first < x < stop}), stop]
-        starts = torch.cat([torch.arange(a, b, size) for a, b in pairwise(cuts)])
-        stops = torch.cat([starts[1:], torch.tensor([stop])])
-        n = len(starts)
+        cuts = [
+            first,
+            *sorted({x for x in borders if first < x < stop and (x - first) % size}),
+            stop,
+        ]
+        whole = {"dtype": torch.int32, "device": device}
+        # made where they live: a copy from the host would wait for the device
+        starts = [torch.arange(a, b, size, **whole) for a, b in pairwise(cuts)]
+        rows = [(b - x).clamp(max=size) for x, b in zip(starts, cuts[1:], strict=True)]
+        starts, rows = torch.cat(starts).repeat(batch), torch.cat(rows).repeat(batch)
+        number = torch.arange(batch, **whole)
         return cls(
-            batch=torch.arange(batch, dtype=torch.int32).repeat_interleave(n).to(device),
-            row=(starts - offset).int().repeat(batch).to(device),
-            rows=(stops - starts).int().repeat(batch).to(device),
-            position=starts.int().repeat(batch).to(device),
+            batch=number.repeat_interleave(len(starts) // batch, output_size=len(starts)),
+            row=starts - offset,
+            rows=rows,
+            position=starts,
             size=size,
             first=first,
             stop=stop,

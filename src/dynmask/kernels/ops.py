@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from functools import wraps
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_FOUND = find_spec("triton") is not None
 
-@cache
+
 def has_triton() -> bool:
     """Whether the triton package is installed."""
-    return find_spec("triton") is not None
+    return _FOUND
 
 
 def interpreting() -> bool:

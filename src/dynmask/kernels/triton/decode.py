@@ -61,7 +61,7 @@ def _split_kernel(
     for start in tl.range(begin, stop, STEP, num_stages=STAGES):
         columns = start + tl.arange(0, STEP)
         listed = columns < stop
-        key = _keys_of(line, columns, start, listed, BLOCK, STEP)
+        key = _keys_of(line, columns, start, stop, BLOCK, STEP)
         if BLOCK > 1:  # single keys are listed because the row sees them
             listed &= (key < keys) & (key <= position)
             if RULE == "death":

@@ -147,7 +147,7 @@ def alive_lists(
     if tile == 1 and stop - first == 1:  # every key that the only row reads is seen by every row
         count = count.reshape(batch, heads).T.contiguous()
         index = parent.view(batch, heads, cap).transpose(0, 1).contiguous()
-        return index, count, count
+        return index, count, count.clone()
     full = count
     for finer in reversed(levels[:-1] or levels):
         final, ratio, parents = finer == tile, span // finer, segments

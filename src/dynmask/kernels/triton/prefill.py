@@ -1,7 +1,7 @@
 """Prefill: one program per (query tile, heads that share its list), over the keys of that list.
 
 The naive twin is ``kernels/reference.py``. Keys that every row of the tile sees come first and
-need no mask; the boundary is computed last, under the plan's element rule. Key lists are gathered;
+need no mask; the boundary is computed under the plan's element rule. Key lists are gathered;
 key blocks are read as they lie. Query heads that share a list are stacked into one tile.
 """
 
@@ -54,14 +54,55 @@ def _step(
 
 
 @triton.jit
-def _keys_of(line, columns, start, mask, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Key of each column of a list of entries of BLOCK keys."""
+def _keys_of(line, columns, start, stop, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """Key of each column below ``stop`` of a list of entries of BLOCK keys."""
     if BLOCK % STEP == 0:  # a step lies in one entry
-        return tl.load(line + start // BLOCK) + start % BLOCK + tl.arange(0, STEP)
-    other = None if mask is None else 0
+        entry = tl.load(line + start // BLOCK, mask=start < stop, other=0)
+        return entry + start % BLOCK + tl.arange(0, STEP)
     if BLOCK == 1:
-        return tl.load(line + columns, mask=mask, other=other)
-    return tl.load(line + columns // BLOCK, mask=mask, other=other) + columns % BLOCK
+        return tl.load(line + columns, mask=columns < stop, other=0)
+    return tl.load(line + columns // BLOCK, mask=columns < stop, other=0) + columns % BLOCK
+
+
+@triton.jit
+def _boundary_step(
+    q, start, full, count, line, k_base, v_base, bias_base, death_base, bits_base, k_n, v_n,
+    position, first, rows, p, d, dv, keys, top, total, acc, factor,
+    STEP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, RULE: tl.constexpr,
+    WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the boundary, under the element rule."""
+    columns = start + tl.arange(0, STEP)
+    listed = columns < count
+    key = _keys_of(line, columns, start, count, BLOCK, STEP)
+    if BLOCK > 1:  # what no row reads is not loaded: it may hold NaN
+        listed &= (key < keys) & (key < first + rows)
+    if RULE == "death":
+        dies = tl.load(death_base + key, mask=listed, other=0)
+        seen = (key[None, :] <= position[:, None]) & (position[:, None] < dies[None, :])
+        if BLOCK > 1:
+            listed &= (dies > first) & (dies > key)
+    elif RULE == "bits":
+        edge = columns - full
+        word = bits_base + edge * WORDS
+        word = tl.load(
+            word[None, :] + (p // 32)[:, None], mask=(listed & (edge >= 0))[None, :], other=-1
+        )
+        seen = ((word >> (p % 32)[:, None]) & 1) != 0
+    else:
+        seen = key[None, :] <= position[:, None]
+    seen &= listed[None, :]
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_base + key, mask=listed, other=0.0).to(tl.float32)
+        bias *= 1.4426950408889634
+    if WIDE:
+        key = key.to(tl.int64)
+    there = listed[:, None]
+    k = tl.load(k_base + key[:, None] * k_n, mask=there & (d < D)[None, :], other=0.0)
+    v = tl.load(v_base + key[:, None] * v_n, mask=there & (dv < DV)[None, :], other=0.0)
+    return _step(q, k, v, bias, seen, top, total, acc, factor, HAS_BIAS, True, UPCAST, PRECISION)
 
 
 @triton.jit
@@ -74,7 +115,7 @@ def _prefill_kernel(
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK: tl.constexpr, RULE: tl.constexpr, WORDS: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_LSE: tl.constexpr, ORDERED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     SUBS: tl.constexpr = (MEMBERS + PACK - 1) // PACK
     sub = tl.program_id(0) % SUBS
@@ -100,6 +141,8 @@ def _prefill_kernel(
     d, dv = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
     if WIDE:
         where, head = where.to(tl.int64), head.to(tl.int64)
+    whole = full // STEP * STEP
+    key = _keys_of(line, tl.arange(0, STEP), 0, whole, BLOCK, STEP)
     q_at = Q + batch * q_b + (head.to(tl.int64) * q_h + where * q_n)[:, None] + d[None, :]
     q = tl.load(q_at, mask=ok[:, None] & (d < D)[None, :], other=0.0)
     k_base = K + batch * k_b + kv * k_h + d[None, :]
@@ -111,67 +154,42 @@ def _prefill_kernel(
     top = tl.full([TILE * PACK], float("-inf"), tl.float32)
     total = tl.zeros([TILE * PACK], tl.float32)
     acc = tl.zeros([TILE * PACK, DV_PAD], tl.float32)
+    # The boundary comes first: its loads travel together with those of the queries.
+    for start in tl.range(whole, count, STEP, num_stages=EDGE_STAGES):
+        top, total, acc = _boundary_step(
+            q, start, full, count, line, k_base, v_base, bias_base, death_base, bits_base, k_n,
+            v_n, position, first, rows, p, d, dv, keys, top, total, acc, factor,
+            STEP, D, DV, BLOCK, RULE, WORDS, HAS_BIAS, WIDE, UPCAST, PRECISION,
+        )  # fmt: skip
     every = ok[:, None]
-    whole = full // STEP * STEP
     for start in tl.range(0, whole, STEP, num_stages=STAGES):
-        columns = start + tl.arange(0, STEP)
-        key = _keys_of(line, columns, start, None, BLOCK, STEP)
+        # Keys are loaded one step ahead: then the loads of K and V hang on no load of their own.
+        ahead = start + STEP
+        following = _keys_of(line, ahead + tl.arange(0, STEP), ahead, whole, BLOCK, STEP)
         bias = 0.0
         if HAS_BIAS:
             bias = tl.load(bias_base + key).to(tl.float32) * 1.4426950408889634
+        at_key = key[:, None]
         if WIDE:
-            key = key.to(tl.int64)
+            at_key = at_key.to(tl.int64)
         if D == D_PAD:
-            k = tl.load(k_base + key[:, None] * k_n)
+            k = tl.load(k_base + at_key * k_n)
         else:
-            k = tl.load(k_base + key[:, None] * k_n, mask=(d < D)[None, :], other=0.0)
+            k = tl.load(k_base + at_key * k_n, mask=(d < D)[None, :], other=0.0)
         if DV == DV_PAD:
-            v = tl.load(v_base + key[:, None] * v_n)
+            v = tl.load(v_base + at_key * v_n)
         else:
-            v = tl.load(v_base + key[:, None] * v_n, mask=(dv < DV)[None, :], other=0.0)
+            v = tl.load(v_base + at_key * v_n, mask=(dv < DV)[None, :], other=0.0)
         top, total, acc = _step(
             q, k, v, bias, every, top, total, acc, factor, HAS_BIAS, False, UPCAST, PRECISION
         )
-    for start in tl.range(whole, count, STEP, num_stages=STAGES):
-        columns = start + tl.arange(0, STEP)
-        listed = columns < count
-        key = _keys_of(line, columns, start, listed, BLOCK, STEP)
-        listed &= key < keys
-        if RULE == "bits":
-            edge = columns - full
-            word = bits_base + edge * WORDS
-            word = tl.load(
-                word[None, :] + (p // 32)[:, None], mask=(listed & (edge >= 0))[None, :], other=-1
-            )
-            seen = ((word >> (p % 32)[:, None]) & 1) != 0
-        else:
-            seen = key[None, :] <= position[:, None]
-            listed &= key < first + rows  # what no row reads is not loaded: it may hold NaN
-            if RULE == "death":
-                dies = tl.load(death_base + key, mask=listed, other=0)
-                seen &= position[:, None] < dies[None, :]
-                listed &= (dies > first) & (dies > key)
-        seen &= listed[None, :]
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_base + key, mask=listed, other=0.0).to(tl.float32)
-            bias *= 1.4426950408889634
-        if WIDE:
-            key = key.to(tl.int64)
-        there = listed[:, None]
-        k = tl.load(k_base + key[:, None] * k_n, mask=there & (d < D)[None, :], other=0.0)
-        v = tl.load(v_base + key[:, None] * v_n, mask=there & (dv < DV)[None, :], other=0.0)
-        top, total, acc = _step(
-            q, k, v, bias, seen, top, total, acc, factor, HAS_BIAS, True, UPCAST, PRECISION
-        )
+        key = following
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     o_at = Out + batch * o_b + (head.to(tl.int64) * o_h + where * o_n)[:, None] + dv[None, :]
     tl.store(o_at, acc.to(Out.dtype.element_ty), mask=ok[:, None] & (dv < DV)[None, :])
     if HAS_LSE:
-        lse = (
-            tl.where(empty, 0.0, top) + tl.log2(tl.where(empty, 1.0, total))
-        ) / 1.4426950408889634
+        lse = (top + tl.log2(tl.where(empty, 1.0, total))) / 1.4426950408889634
         lse = tl.where(empty, float("-inf"), lse)
         tl.store(Lse + batch * lse_b + head.to(tl.int64) * lse_h + where, lse, mask=ok)
 
@@ -201,8 +219,8 @@ def config_of(dim: int, size: int, block: int) -> Config:
     if size == 4:
         return Config(64, 32, 4, 2) if dim <= 128 else Config(32, 16, 4, 2)
     if dim <= 128:
-        return Config(128, 64, 8, 3)
-    return Config(64, 32, 4, 2) if block == 1 else Config(128, 32, 8, 2)
+        return Config(128, 64, 8, 2, 128)
+    return Config(64, 32, 4, 2)
 
 
 def prefill(
@@ -257,5 +275,6 @@ def prefill(
         MEMBERS=call.members, PACK=pack, TILE=tile, STEP=step, BLOCK=plan.block, RULE=rule,
         WORDS=1 if bits is None else bits.shape[3], HAS_LSE=lse is not None,
         ORDERED=order is not None, WIDE=call.wide(out), STAGES=config.stages,
+        EDGE_STAGES=config.stages if rule == "bits" else 1,
         **call.sizes, **call.switches, num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
