@@ -82,7 +82,8 @@ def mask_of(data: Inputs) -> Mask:
     if case.mask == "block":
         return BlockMask.from_scores(data.given[0], BLOCK, BLOCK, case.keys, most=data.most)
     if case.mask == "structural":
-        return StructuralMask(*data.given, keys=case.keys)
+        bands = 8 if case.layout == "bands" else None  # a card's policy counts them once
+        return StructuralMask(*data.given, keys=case.keys, bands=bands, checked=True)
     return LifetimeMask.causal(case.keys, case.queries, device=data.device)
 
 

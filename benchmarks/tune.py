@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.timing import Clock
 from dynmask import BlockMask, LifetimeMask, Mask, StructuralMask
 from dynmask.kernels.triton.call import PlanTensors
 from dynmask.kernels.triton.decode import decode
@@ -44,13 +45,22 @@ def candidates(kind: str) -> list[tuple[int, Config]]:
         ]
     if kind == "structural":
         return [
-            *((tile, Config(tile, step, 4, 2)) for tile in (32, 64) for step in (32, 64)),
+            *(
+                (64, Config(64, 32, 4, stages, registers))
+                for stages in (2, 3)
+                for registers in (128, 168)
+            ),
             (64, Config(64, 64, 4, 2, 168)),
-            (64, Config(64, 64, 8, 2, 128)),
-            (128, Config(128, 64, 8, 2, 128)),
-            (32, Config(32, 64, 2, 2)),
-            (32, Config(32, 32, 2, 2)),
-            (16, Config(16, 64, 2, 2)),
+            *(
+                (32, Config(32, step, 4, 2, registers))
+                for step in (32, 64)
+                for registers in (128, 168)
+            ),
+            (32, Config(32, 32, 4, 3, 128)),
+            (16, Config(16, 64, 2, 2, 168)),
+            (16, Config(16, 32, 2, 3)),
+            (16, Config(16, 64, 4, 2, 128)),
+            (128, Config(128, 32, 8, 2, 128)),
         ]
     out = []
     for tile in (128, 64, 32):
@@ -115,16 +125,9 @@ def time_one(
         prefill(query, key, value, None, lists, DIM**-0.5, out, None, config)
 
     run()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times)[len(times) // 2] if times else 0.0
+    clock = Clock(query.device)
+    times = sorted(clock.time(run) for _ in range(rounds))
+    return 1000 * times[len(times) // 2] if times else 0.0
 
 
 def tune(kind: str, keys: int) -> list[dict[str, Any]]:
@@ -173,7 +176,7 @@ def tune_decode(keys: int = 65536, kept: int = 2048, batch: int = 8) -> list[dic
     out = torch.empty_like(query)
     rows = []
     for splits, step, warps, stages in itertools.product(
-        (8, 16, 32), (32, 64, 128), (4, 8), (2, 3)
+        (4, 6, 8, 12), (32, 64, 128), (4,), (2, 3, 4)
     ):
 
         def run(s: int = splits, t: int = step, w: int = warps, p: int = stages) -> None:

@@ -243,3 +243,16 @@ def test_memory_follows_the_kept_keys():
 def test_refusals(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("block", "tile"), [(64, 128), (48, 32), (16, 64), (64, 64)])
+def test_no_tile_straddles_two_query_blocks(block, tile, fused):
+    """Some borders lie where a tile begins anyhow, others in the middle of one."""
+    keys = 300
+    count = -(-keys // block)
+    chosen = torch.rand(1, 2, count, count, generator=torch.Generator().manual_seed(1)) < 0.4
+    mask = BlockMask.from_scores(chosen, block, block, keys)
+    plan = mask.lower(tile=tile, fused=fused)
+    assert torch.equal(plan.row // block, (plan.row + plan.rows - 1) // block)
+    assert torch.equal(plan.dense(), mask.dense())

@@ -563,7 +563,8 @@ def test_the_operators_keep_what_they_promise():
     plan = patterns.lower(tile=16, fused=True)
     offset = torch.tensor([[[20, 3, 0, -15]]]).int().expand(1, 2, -1).contiguous()
     words = torch.tensor([1, 7, 2**15, 2**15]).int().expand(1, 2, -1)[..., None].contiguous()
-    tables = (offset, words, patterns.verticals, patterns._is_vertical())
+    found = torch.full((1, 2), 4, dtype=torch.int32)
+    tables = (offset, words, found, patterns.verticals, patterns._is_vertical())
     opcheck(op.pattern_lists.default, (*tables, plan.position, plan.rows, 1))
     for mask in (LifetimeMask(death), LifetimeMask(death, 1), blocks, patterns):
         query, key, value = tensors(mask, 20, torch.float32)

@@ -208,11 +208,10 @@ class Tiles:
             fused: lower by the fused kernels.
         """
         first, stop = rows[0] + offset, rows[1] + offset
-        cuts = [
-            first,
-            *sorted({x for x in borders if first < x < stop and (x - first) % size}),
-            stop,
-        ]
+        inside = sorted({x for x in borders if first < x < stop})
+        if all((x - first) % size == 0 for x in inside):
+            inside = []  # tiles begin there anyhow
+        cuts = [first, *inside, stop]
         whole = {"dtype": torch.int32, "device": device}
         # made where they live: a copy from the host would wait for the device
         starts = [torch.arange(a, b, size, **whole) for a, b in pairwise(cuts)]

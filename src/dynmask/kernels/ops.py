@@ -118,8 +118,8 @@ def block_plan(
 
 
 def _pattern_shapes(
-    offset: Tensor, words: Tensor, vertical: Tensor, is_vertical: Tensor, position: Tensor,
-    rows: Tensor, batch: int,
+    offset: Tensor, words: Tensor, found: Tensor, vertical: Tensor, is_vertical: Tensor,
+    position: Tensor, rows: Tensor, batch: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     index, full, count = _lists(
         offset, offset.shape[1], position.shape[0], offset.shape[2] + vertical.shape[2]
@@ -131,6 +131,7 @@ def _pattern_shapes(
 def pattern_lists(
     offset: Tensor,
     words: Tensor,
+    found: Tensor,
     vertical: Tensor,
     is_vertical: Tensor,
     position: Tensor,
@@ -140,7 +141,7 @@ def pattern_lists(
     """Lists of diagonals and verticals: :func:`dynmask.kernels.triton.lower.pattern_lists`."""
     from .triton.lower import pattern_lists
 
-    return pattern_lists(offset, words, vertical, is_vertical, position, rows, batch)
+    return pattern_lists(offset, words, found, vertical, is_vertical, position, rows, batch)
 
 
 @_operator(lambda *args: None, mutates=("out", "lse"))

@@ -197,6 +197,10 @@ class BlockMask(Mask):
         pairs = triangle(stop - start) - triangle(first - start)
         return pairs.masked_fill(self.index < 0, 0).sum((-1, -2)) / self.causal_pairs()
 
+    def preferred_tile(self, fused: bool = False, members: int = 1) -> int:
+        """A whole query block where the fused kernels can hold it."""
+        return min(self.block_q, 128) if fused else 128
+
     def list_words(self, tile: int) -> int:
         """Integers in the list of one tile."""
         return self.index.shape[-1]

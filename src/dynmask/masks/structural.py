@@ -33,6 +33,9 @@ class StructuralMask(Mask):
         true_mask: bool [heads, L, L] or None.
         first_key: position of the tensor's first key in its sequence (trimmed caches).
         limit: intersection with this lifetime mask.
+        bands: most runs of neighbouring diagonals that one head has, where known: the fused
+            lowering sizes its lists by it.
+        checked: the index sets are known to be in order; looking at them waits for a GPU.
     """
 
     diagonals: Tensor
@@ -42,6 +45,8 @@ class StructuralMask(Mask):
     true_mask: Tensor | None = None
     first_key: int = 0
     limit: LifetimeMask | None = None
+    bands: int | None = None
+    checked: bool = False
 
     def __post_init__(self) -> None:
         if self.queries is None:
@@ -50,7 +55,8 @@ class StructuralMask(Mask):
         for name in ("diagonals", "verticals"):
             x = getattr(self, name)
             check_index(name, x, 3, "[b, heads, n]")
-            _check_sorted(name, x)
+            if not self.checked:
+                _check_sorted(name, x)
         if self.diagonals.shape[:2] != self.verticals.shape[:2]:
             raise ValueError(
                 "diagonals and verticals: expected the same [b, heads], received "
@@ -138,6 +144,7 @@ class StructuralMask(Mask):
             diagonals=_union(self.diagonals, other.diagonals, heads),
             verticals=_union(self.verticals, other.verticals, heads),
             true_mask=true_mask,
+            bands=None,
         )
 
     def __and__(self, other: LifetimeMask) -> StructuralMask:
@@ -231,8 +238,14 @@ class StructuralMask(Mask):
 
     def list_words(self, tile: int) -> int:
         """Integers in the lists of one tile at most: keys and the bits of each."""
-        keys = min(self.diagonals.shape[-1] * tile + self.verticals.shape[-1] + tile, self.keys)
+        keys = self._most_offsets(tile) + self.verticals.shape[-1]
         return keys * (1 + -(-tile // WORD))
+
+    def _most_offsets(self, tile: int) -> int:
+        """Offsets at which a tile meets a diagonal at most: a band's own, and the tile's rows."""
+        lines = self.diagonals.shape[-1] + 1  # one for the own key
+        bands = lines if self.bands is None else min(self.bands + 1, lines)
+        return min(lines + bands * (tile - 1), self.keys + tile - 1)
 
     def cuts(self) -> Iterable[int]:
         """Where the true mask ends."""
@@ -267,10 +280,17 @@ class StructuralMask(Mask):
 
     def _lower_fused(self, tiles: Tiles) -> Plan:
         """Diagonals and verticals of tiles below the true mask, by the fused kernel."""
-        offset, words = self._tile_diagonals(tiles)
+        offset, words, found = self._tile_diagonals(tiles, self._most_offsets(tiles.size))
         vertical = (self.verticals - self.first_key).masked_fill(self.verticals < 0, -1)
         index, full, count, bits = ops.pattern_lists(
-            offset, words, vertical, self._is_vertical(), tiles.position, tiles.rows, self.batch
+            offset,
+            words,
+            found,
+            vertical,
+            self._is_vertical(),
+            tiles.position,
+            tiles.rows,
+            self.batch,
         )
         plan = Plan(
             batch=tiles.batch,
@@ -319,7 +339,7 @@ class StructuralMask(Mask):
         """Diagonals and verticals of tiles that the true mask does not rule."""
         t = len(tiles) // self.batch
         first, every = tiles.position[:t, None], row_words(tiles)[:t, None]
-        offset, bits = self._tile_diagonals(tiles)
+        offset, bits, _ = self._tile_diagonals(tiles)
         keys = first - offset[:, :, None]  # [b, heads, t, cap]
         diagonal = (bits[:, :, None] & every).masked_fill_((keys < 0)[..., None], 0)
         column = (self.verticals - self.first_key)[:, :, None].expand(-1, -1, t, -1)
@@ -336,16 +356,20 @@ class StructuralMask(Mask):
             flat(torch.cat([keys, column], 3)), flat(torch.cat([diagonal, vertical], 3))
         )
 
-    def _tile_diagonals(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    def _tile_diagonals(
+        self, tiles: Tiles, cap: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Offsets at which a tile meets a diagonal, and the bits of its rows that do.
 
         Seen from the first row of a tile, a diagonal always covers the same offsets, so this is
         worked out once for all tiles. No row meets an offset of the future: it is no diagonal.
+        ``cap`` is a bound of their number; they are counted, which waits for the device, if None.
 
         Returns:
             offset: int32 [b, heads, cap], first row's position minus the key, descending; padding
                 is beyond every position.
             bits: int32 [b, heads, cap, ceil(tile / 32)].
+            count: int32 [b, heads], offsets of each head.
         """
         size = tiles.size
         is_diagonal = self._is_diagonal()[..., : tiles.stop]  # longer ones begin further down
@@ -353,12 +377,12 @@ class StructuralMask(Mask):
         total = torch.nn.functional.pad(is_diagonal.cumsum(-1, dtype=torch.int32), (1, 0))
         some = total[..., size:] != total[..., :-size]
         start = torch.arange(some.shape[-1], device=self.device).flip(-1)
-        slot, _, count = compact(start, some.flip(-1), torch.zeros_like(some))
-        start = place(start, slot, int(count.max()), -1)
+        slot, _, count = compact(start, some.flip(-1), torch.zeros_like(some), cap)
+        start = place(start, slot, int(count.max()) if cap is None else cap, -1)
         rows = torch.arange(size, device=self.device)
         seen = is_diagonal.gather(-1, (start.clamp(min=0)[..., None] + rows).flatten(-2))
         offset = (start - (size - 1)).masked_fill(start < 0, NO_KEY).int()
-        return offset, pack_rows(seen.unflatten(-1, (-1, size)))
+        return offset, pack_rows(seen.unflatten(-1, (-1, size))), count
 
     def _true_entries(self, tiles: Tiles) -> Entries:
         """The true mask's keys for tiles below L, the same in every batch row."""
@@ -422,6 +446,14 @@ def _union(a: Tensor, b: Tensor, heads: int) -> Tensor:
     both[..., 1:].masked_fill_(both[..., 1:] == both[..., :-1], NO_KEY)
     both = both.sort(-1).values
     return both.masked_fill(both == NO_KEY, -1).int()
+
+
+def count_bands(diagonals: Tensor) -> int:
+    """Most runs of neighbouring offsets in one of the index sets [..., n]."""
+    if not diagonals.numel():
+        return 0
+    new = torch.nn.functional.pad(diagonals[..., 1:] - diagonals[..., :-1] != 1, (1, 0), value=True)
+    return int((new & (diagonals >= 0)).sum(-1).max())
 
 
 def _check_sorted(name: str, x: Tensor) -> None:

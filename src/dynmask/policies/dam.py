@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..masks import StructuralMask
+from ..masks.structural import count_bands
 from .base import Layer
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Dam:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> StructuralMask:
         """The layer's patterns, for as many positions as there are."""
-        diagonals, verticals, true_mask = self._patterns(layer.index, query.device)
+        diagonals, verticals, true_mask, bands = self._patterns(layer.index, query.device)
         mask = StructuralMask(
             diagonals=diagonals,
             verticals=verticals,
@@ -63,13 +64,17 @@ class Dam:
             queries=query.shape[2],
             true_mask=true_mask,
             first_key=layer.first_key,
+            bands=bands,
+            checked=True,
         )
         return mask.union_heads(self.shape[2]) if self.share_group else mask
 
-    def _patterns(self, index: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """A layer's index sets [1, h, n] and true mask [h, L, L], unpacked once per device."""
+    def _patterns(self, index: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+        """A layer's index sets [1, h, n], true mask [h, L, L] and bands, unpacked once."""
         cache: dict = self._layers  # type: ignore[attr-defined]
         if (index, device) not in cache:
-            diagonals, verticals, true_mask = (x.to(device) for x in self.card.patterns(index))
-            cache[index, device] = diagonals[None], verticals[None], true_mask
+            patterns = self.card.patterns(index)
+            diagonals, verticals, true_mask = (x.to(device) for x in patterns)
+            bands = count_bands(patterns[0])
+            cache[index, device] = diagonals[None], verticals[None], true_mask, bands
         return cache[index, device]

@@ -57,6 +57,7 @@ class VerticalSlash(AnyModel):
             verticals=_best(columns, self.verticals),
             keys=keys,
             queries=query.shape[2],
+            checked=True,
         )
 
 

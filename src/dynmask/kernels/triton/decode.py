@@ -15,8 +15,8 @@ from torch import Tensor
 from .call import Call, PlanTensors
 from .prefill import _keys_of, _step
 
-PROGRAMS = 1056
-"""Programs that fill a GPU: eight for each of an H200's 132 multiprocessors."""
+PROGRAMS = 264
+"""Programs that fill a GPU: two for each of an H200's 132 multiprocessors."""
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def decode(
     splits: int | None = None,
     step: int = 64,
     warps: int = 4,
-    stages: int = 3,
+    stages: int = 4,
 ) -> None:
     """Attention of single rows over the keys of a plan with tiles of one row.
 
@@ -147,8 +147,8 @@ def decode(
     if plan.block > 1 and plan.block % step and triton.next_power_of_2(plan.block) == plan.block:
         step = max(plan.block, 16)
     if splits is None:
-        most = triton.cdiv(PROGRAMS, tiles * call.lists * subs)
-        splits = max(min(most, triton.cdiv(cap, 2 * step), 128), 1)
+        most = PROGRAMS // (tiles * call.lists * subs)
+        splits = max(min(most, triton.cdiv(cap, step), 128), 1)
     shape = (tiles, call.lists * call.members, splits)
     parts = torch.empty(*shape, value.shape[-1], dtype=torch.float32, device=query.device)
     tops, sums = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))

@@ -22,7 +22,7 @@ BLOCK = 1024
 
 @triton.jit
 def _segment_kernel(
-    death, counts, index, death_batch, death_head, first, stop, span, segments, blocks, cap,
+    death, counts, index, ends, death_batch, death_head, first, stop, span, segments, blocks, cap,
     heads, BLOCK: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """Keys that a query of a segment reads, one block of keys a program: count, then write."""
@@ -37,68 +37,66 @@ def _segment_kernel(
     if WRITE:
         before = tl.load(counts + at - 1, mask=block > 0, other=0)
         slot = before + tl.cumsum(seen, 0) - 1
-        line = index + (row.to(tl.int64) * segments + segment) * cap
-        tl.store(line + slot, key, mask=(seen == 1) & (slot < cap))
+        line = (row.to(tl.int64) * segments + segment) * cap
+        tl.store(index + line + slot, key, mask=(seen == 1) & (slot < cap))
+        tl.store(ends + line + slot, dies, mask=(seen == 1) & (slot < cap))
     else:
         tl.store(counts + at, tl.sum(seen, 0))
 
 
 @triton.jit
 def _filter_kernel(
-    death, parent, parent_count, index, full, count,
-    death_batch, death_head, first, stop, span, segments, count_stride, ratio, parents,
-    parent_cap, cap, heads,
+    parent, parent_ends, parent_count, index, ends, full, count,
+    first, stop, span, segments, count_stride, ratio, parents, parent_cap, cap, heads,
     FINAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Those keys of a segment's list that a query of a smaller segment reads.
 
+    The keys' deaths lie beside them: looking each up by its key would read a sector for a number.
     With FINAL the smaller segment is a tile: keys that every row sees come first.
     """
     segment, row = tl.program_id(0), tl.program_id(1)
     begin = first + segment * span
     end = tl.minimum(begin + span, stop)
     wide = row.to(tl.int64)
-    line = parent + (wide * parents + segment // ratio) * parent_cap
-    length = tl.load(parent_count + (wide * parents + segment // ratio) * count_stride)
-    length = tl.minimum(length, parent_cap)
-    base = death + (row // heads).to(tl.int64) * death_batch + (row % heads) * death_head
+    above = wide * parents + segment // ratio
+    line = above * parent_cap
+    length = tl.minimum(tl.load(parent_count + above * count_stride), parent_cap)
     if FINAL:
         # lists of one head lie together, those of all batch rows: [heads, b * segments, cap]
         place = (row % heads).to(tl.int64) * (tl.num_programs(1) // heads) + row // heads
         place = place * segments + segment
     else:
         place = wide * segments + segment
-    out = index + place * cap
     fulls = 0
     if FINAL:
         for start in range(0, length, BLOCK):
             slot = start + tl.arange(0, BLOCK)
-            key = tl.load(line + slot, mask=slot < length, other=2147483647)
-            ok = key <= begin
-            dies = tl.load(base + key, mask=ok, other=-1)
-            fulls += tl.sum((ok & (dies >= end)).to(tl.int32), 0)
+            key = tl.load(parent + line + slot, mask=slot < length, other=2147483647)
+            dies = tl.load(parent_ends + line + slot, mask=slot < length, other=-1)
+            fulls += tl.sum(((key <= begin) & (dies >= end)).to(tl.int32), 0)
     whole = 0
     some = fulls
     for start in range(0, length, BLOCK):
         slot = start + tl.arange(0, BLOCK)
-        key = tl.load(line + slot, mask=slot < length, other=2147483647)
-        ok = key < end
-        dies = tl.load(base + key, mask=ok, other=-1)
-        seen = ok & (dies > begin) & (dies > key)
+        key = tl.load(parent + line + slot, mask=slot < length, other=2147483647)
+        dies = tl.load(parent_ends + line + slot, mask=slot < length, other=-1)
+        seen = (key < end) & (dies > begin)  # who dies before it lives is in no list above
         if FINAL:
-            all_rows = seen & (key <= begin) & (dies >= end)
-            edge = seen & (all_rows == 0)
+            every = seen & (key <= begin) & (dies >= end)
+            edge = seen & (every == 0)
             at = tl.where(
-                all_rows,
-                whole + tl.cumsum(all_rows.to(tl.int32), 0),
+                every,
+                whole + tl.cumsum(every.to(tl.int32), 0),
                 some + tl.cumsum(edge.to(tl.int32), 0),
             )
-            whole += tl.sum(all_rows.to(tl.int32), 0)
+            whole += tl.sum(every.to(tl.int32), 0)
             some += tl.sum(edge.to(tl.int32), 0)
         else:
             at = some + tl.cumsum(seen.to(tl.int32), 0)
             some += tl.sum(seen.to(tl.int32), 0)
-        tl.store(out + at - 1, key, mask=seen & (at <= cap))
+            tl.store(ends + place * cap + at - 1, dies, mask=seen & (at <= cap))
+        tl.store(index + place * cap + at - 1, key, mask=seen & (at <= cap))
     tl.store(count + place, some)
     if FINAL:
         tl.store(full + place, fulls)
@@ -135,10 +133,11 @@ def alive_lists(
     span = levels[-1]
     segments, cap = triton.cdiv(stop - first, span), min(most + span, stop)
     blocks = triton.cdiv(stop, BLOCK)
-    parent, counts = empty(rows, segments, cap), empty(rows, segments, blocks)
+    counts = empty(rows, segments, blocks)
+    parent, ends = (empty(rows, segments, cap) for _ in range(2))
     for write in (False, True):
         _segment_kernel[(blocks, segments, rows)](
-            death, counts, parent, *common, span, segments, blocks, cap, heads,
+            death, counts, parent, ends, *common, span, segments, blocks, cap, heads,
             BLOCK=BLOCK, WRITE=write, num_warps=4,
         )  # fmt: skip
         if not write:
@@ -155,11 +154,12 @@ def alive_lists(
         segments, cap = triton.cdiv(stop - first, span), min(most + span, stop)
         shape = (heads, batch * segments) if final else (rows, segments)
         index, full, found = empty(*shape, cap), empty(*shape), empty(*shape)
+        dies = index if final else empty(*shape, cap)
         _filter_kernel[(segments, rows)](
-            death, parent, count, index, full, found, *common, span, segments, stride, ratio,
-            parents, parent_cap, cap, heads, FINAL=final, BLOCK=BLOCK, num_warps=4,
+            parent, ends, count, index, dies, full, found, first, stop, span, segments, stride,
+            ratio, parents, parent_cap, cap, heads, FINAL=final, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
-        parent, count, stride = index, found, 1
+        parent, ends, count, stride = index, dies, found, 1
     return parent, full, count
 
 
@@ -282,7 +282,7 @@ def _words_from(row, size, word):
 
 @triton.jit
 def _pattern_kernel(
-    offset, words, vertical, is_vertical, index, full, count, bits, position, rows,
+    offset, words, found_at, vertical, is_vertical, index, full, count, bits, position, rows,
     offsets, verticals, heads, each, pattern_batch, keys, cap, edge_cap,
     WORDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -292,6 +292,7 @@ def _pattern_kernel(
     size = tl.load(rows + t)
     line = head.to(tl.int64) + pattern_batch * (t // each) * heads
     out = head.to(tl.int64) * tl.num_programs(0) + t
+    there = tl.load(found_at + line)
     fulls = 0
     found = 0
     for write in tl.static_range(2):
@@ -313,11 +314,11 @@ def _pattern_kernel(
                     tl.store(bits + (out * edge_cap + at) * WORDS + word, seen, mask=edge)
             whole += tl.sum(every.to(tl.int32), 0)
             edge_count += tl.sum(edge.to(tl.int32), 0)
-        for start in range(0, offsets, BLOCK):
+        for start in range(0, there, BLOCK):
             slot = start + tl.arange(0, BLOCK)
-            away = tl.load(offset + line * offsets + slot, mask=slot < offsets, other=2147483647)
+            away = tl.load(offset + line * offsets + slot, mask=slot < there, other=2147483647)
             key = begin - away
-            listed = (slot < offsets) & (key >= 0) & (key < keys)
+            listed = (slot < there) & (key >= 0) & (key < keys)
             listed &= tl.load(is_vertical + line * keys + key, mask=listed, other=1) == 0
             some = slot < 0
             every = listed
@@ -349,6 +350,7 @@ def _pattern_kernel(
 def pattern_lists(
     offset: Tensor,
     words: Tensor,
+    found: Tensor,
     vertical: Tensor,
     is_vertical: Tensor,
     position: Tensor,
@@ -361,6 +363,7 @@ def pattern_lists(
         offset: int32 [b or 1, heads, n], first row's position minus the key, where a tile meets a
             diagonal; padding is beyond every position.
         words: int32 [b or 1, heads, n, words of a tile], the rows that do.
+        found: int32 [b or 1, heads], offsets of each head.
         vertical: int32 [b or 1, heads, m], key indices of the columns; negative padding.
         is_vertical: bool [b or 1, heads, keys], the same set.
         position, rows: int32 [t], of the tiles of ``batch`` batch rows, batch-major.
@@ -377,7 +380,7 @@ def pattern_lists(
     full, count = (torch.empty_like(index[..., 0]) for _ in range(2))
     bits = torch.empty(heads, t, cap, width, dtype=torch.int32, device=offset.device)
     _pattern_kernel[(t, heads)](
-        offset.contiguous(), words.contiguous(), vertical.contiguous(),
+        offset.contiguous(), words.contiguous(), found.contiguous(), vertical.contiguous(),
         is_vertical.contiguous().view(torch.uint8), index, full, count, bits, position, rows,
         offsets, verticals, heads, t // batch, int(patterns > 1), keys, cap, cap,
         WORDS=width, BLOCK=512, num_warps=4,

@@ -65,33 +65,33 @@ def _keys_of(line, columns, start, stop, BLOCK: tl.constexpr, STEP: tl.constexpr
 
 
 @triton.jit
+def _words_of(bits, columns, full, count, p, WORDS: tl.constexpr):
+    """The word that holds a row's bit, of each row p and boundary key."""
+    edge = columns - full
+    there = (columns < count) & (edge >= 0)  # a key of the full part is seen by every row
+    at = bits + (edge * WORDS)[None, :] + (p // 32)[:, None]
+    return tl.load(at, mask=there[None, :], other=-1)
+
+
+@triton.jit
 def _boundary_step(
-    q, start, full, count, line, k_base, v_base, bias_base, death_base, bits_base, k_n, v_n,
+    q, key, word, listed, k_base, v_base, bias_base, death_base, k_n, v_n,
     position, first, rows, p, d, dv, keys, top, total, acc, factor,
-    STEP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, RULE: tl.constexpr,
-    WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, RULE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the boundary, under the element rule."""
-    columns = start + tl.arange(0, STEP)
-    listed = columns < count
-    key = _keys_of(line, columns, start, count, BLOCK, STEP)
     if BLOCK > 1:  # what no row reads is not loaded: it may hold NaN
         listed &= (key < keys) & (key < first + rows)
-    if RULE == "death":
-        dies = tl.load(death_base + key, mask=listed, other=0)
-        seen = (key[None, :] <= position[:, None]) & (position[:, None] < dies[None, :])
-        if BLOCK > 1:
-            listed &= (dies > first) & (dies > key)
-    elif RULE == "bits":
-        edge = columns - full
-        word = bits_base + edge * WORDS
-        word = tl.load(
-            word[None, :] + (p // 32)[:, None], mask=(listed & (edge >= 0))[None, :], other=-1
-        )
+    if RULE == "bits":
         seen = ((word >> (p % 32)[:, None]) & 1) != 0
     else:
         seen = key[None, :] <= position[:, None]
+    if RULE == "death":
+        dies = tl.load(death_base + key, mask=listed, other=0)
+        seen &= position[:, None] < dies[None, :]
+        if BLOCK > 1:
+            listed &= (dies > first) & (dies > key)
     seen &= listed[None, :]
     bias = 0.0
     if HAS_BIAS:
@@ -154,16 +154,30 @@ def _prefill_kernel(
     top = tl.full([TILE * PACK], float("-inf"), tl.float32)
     total = tl.zeros([TILE * PACK], tl.float32)
     acc = tl.zeros([TILE * PACK, DV_PAD], tl.float32)
-    # The boundary comes first: its loads travel together with those of the queries.
+    # The boundary comes first: its loads travel together with those of the queries. Under the bit
+    # rule it is long, and its keys and words are loaded one step ahead, as below.
+    if RULE == "bits":
+        columns = whole + tl.arange(0, STEP)
+        edge_key = _keys_of(line, columns, whole, count, BLOCK, STEP)
+        word = _words_of(bits_base, columns, full, count, p, WORDS)
     for start in tl.range(whole, count, STEP, num_stages=EDGE_STAGES):
+        columns = start + tl.arange(0, STEP)
+        if RULE == "bits":
+            next_key = _keys_of(line, columns + STEP, start + STEP, count, BLOCK, STEP)
+            next_word = _words_of(bits_base, columns + STEP, full, count, p, WORDS)
+        else:
+            edge_key = _keys_of(line, columns, start, count, BLOCK, STEP)
+            word = start
         top, total, acc = _boundary_step(
-            q, start, full, count, line, k_base, v_base, bias_base, death_base, bits_base, k_n,
-            v_n, position, first, rows, p, d, dv, keys, top, total, acc, factor,
-            STEP, D, DV, BLOCK, RULE, WORDS, HAS_BIAS, WIDE, UPCAST, PRECISION,
+            q, edge_key, word, columns < count, k_base, v_base, bias_base, death_base, k_n, v_n,
+            position, first, rows, p, d, dv, keys, top, total, acc, factor,
+            D, DV, BLOCK, RULE, HAS_BIAS, WIDE, UPCAST, PRECISION,
         )  # fmt: skip
+        if RULE == "bits":
+            edge_key, word = next_key, next_word
     every = ok[:, None]
     for start in tl.range(0, whole, STEP, num_stages=STAGES):
-        # Keys are loaded one step ahead: then the loads of K and V hang on no load of their own.
+        # Keys are loaded one step ahead: then the loads of K and V hang on no load of their step.
         ahead = start + STEP
         following = _keys_of(line, ahead + tl.arange(0, STEP), ahead, whole, BLOCK, STEP)
         bias = 0.0
@@ -214,13 +228,22 @@ class Config:
     registers: int | None = None
 
 
-def config_of(dim: int, size: int, block: int) -> Config:
-    """Measured on an H100 (``docs/performance.md``); ``size`` is that of an element in bytes."""
+def config_of(dim: int, size: int, tile: int, rule: str) -> Config:
+    """What was fastest on an H100 (``docs/performance.md``).
+
+    Args:
+        dim: the larger head dim.
+        size: bytes of an element.
+        tile: rows of a tile.
+        rule: the element rule; under "bits" nearly all keys are boundary.
+    """
     if size == 4:
         return Config(64, 32, 4, 2) if dim <= 128 else Config(32, 16, 4, 2)
-    if dim <= 128:
-        return Config(128, 64, 8, 2, 128)
-    return Config(64, 32, 4, 2)
+    if dim > 128:
+        return Config(64, 32, 4, 2)
+    if rule == "bits" and tile <= 64:
+        return Config(64, 32, 4, 2, 168)
+    return Config(128, 64, 8, 2, 128)
 
 
 def prefill(
@@ -248,9 +271,9 @@ def prefill(
     """
     call = Call.of(query, key, value, bias, plan, scale)
     tile = max(triton.next_power_of_2(plan.tile), 16)
-    config = config or config_of(
-        max(call.sizes["D"], call.sizes["DV"]), query.element_size(), plan.block
-    )
+    rule = "bits" if plan.bits is not None else "causal" if plan.death is None else "death"
+    dim = max(call.sizes["D"], call.sizes["DV"])
+    config = config or config_of(dim, query.element_size(), tile, rule)
     pack = max(min(config.rows // tile, triton.next_power_of_2(call.members)), 1)
     step = config.step
     if plan.block > 1 and plan.block % step and triton.next_power_of_2(plan.block) == plan.block:
@@ -261,7 +284,6 @@ def prefill(
         times = call.lists // plan.count.shape[0]
         work = work[:, None] * times + torch.arange(times, device=work.device)
         order = work.flatten().int()
-    rule = "bits" if plan.bits is not None else "causal" if plan.death is None else "death"
     bits = plan.bits
     subs = triton.cdiv(call.members, pack)
     tiles = plan.batch.shape[0]

@@ -34,9 +34,7 @@ def _table_kernel(
     inside = place < n
     position = tl.load(order + row * n + place, mask=inside, other=0).to(tl.int32)
     tl.store(rank + row * n + position, place, mask=inside)
-    # what is past the end is counted in the last bin, which no chunk needs
-    bin = tl.where(inside, position // CHUNK, BINS - 1)
-    count = tl.cumsum(tl.histogram(bin, BINS), 0)
+    count = tl.cumsum(tl.histogram(position // CHUNK, BINS, mask=inside), 0)
     at = tl.arange(0, BINS)
     tl.store(table + (row * buckets + bucket) * chunks + at, count, mask=at < chunks)
 
@@ -102,14 +100,13 @@ def _death_kernel(
         # new keys that outrank it came, or was dead when it came itself.
         new = tl.arange(0, CHUNK)
         new_rank = tl.load(rank + row * n + first + new, mask=first + new < n, other=-1)
-        later = (new[:, None] >= new[None, :]).to(tl.float16)
         for part in range(0, found - 1, ROWS):
             slot = part + tl.arange(0, ROWS)
             position = tl.load(list_at + slot, mask=slot < found - 1, other=0)
             place = tl.load(list_at + 2 * CHUNK + slot, mask=slot < found - 1, other=n)
             outranks = new_rank[None, :] > place[:, None]
-            since = tl.dot(outranks.to(tl.float16), later)  # those that came then or later
-            hit = outranks & (since == (found - 1 - slot).to(tl.float32)[:, None])
+            since = tl.cumsum(outranks.to(tl.int32), 1, reverse=True)  # came then or later
+            hit = outranks & (since == (found - 1 - slot)[:, None])
             came = tl.max(tl.where(hit, new[None, :], -1), 1)
             end = tl.maximum(position, first + came)
             tl.store(death + row * n + position, end, mask=slot < found - 1)
@@ -134,7 +131,7 @@ def lifetimes(scores: Tensor, width: int) -> Tensor:
     order = flat.nan_to_num(-inf, inf, -inf).sort(dim=-1, stable=True).indices
     rows = flat.shape[0]
     chunks = triton.cdiv(n, CHUNK)
-    bucket = max(CHUNK, triton.next_power_of_2(triton.cdiv(n, 256)))
+    bucket = max(CHUNK, triton.next_power_of_2(triton.cdiv(n, 128)))
     buckets = triton.cdiv(n, bucket)
 
     def empty(*shape: int) -> Tensor:
@@ -143,7 +140,7 @@ def lifetimes(scores: Tensor, width: int) -> Tensor:
     rank, death = empty(rows, n), empty(rows, n)
     table, border = empty(rows, buckets, chunks), empty(rows, chunks)
     bracket = empty(rows, chunks, 4 * CHUNK)
-    bins = max(triton.next_power_of_2(chunks + 1), 32)
+    bins = max(triton.next_power_of_2(chunks), 32)
     _table_kernel[(buckets, rows)](
         order, rank, table, n, buckets, chunks,
         BUCKET=bucket, CHUNK=CHUNK, BINS=bins, num_warps=4,
@@ -154,6 +151,6 @@ def lifetimes(scores: Tensor, width: int) -> Tensor:
     )  # fmt: skip
     _death_kernel[(chunks, rows)](
         order, rank, border, death, bracket, n, chunks,
-        CHUNK=CHUNK, WALK=1024, ROWS=64, num_warps=4,
+        CHUNK=CHUNK, WALK=1024, ROWS=16, num_warps=4,
     )  # fmt: skip
     return death.reshape(*lead, n)
