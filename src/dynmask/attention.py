@@ -24,7 +24,7 @@ ROWS_AT_A_TIME = 4096
 LIST_BYTES = 2**30
 """Key lists that the Triton kernels are given at a time; 4,096 rows at least."""
 
-DENSE_KEYS = 512
+DENSE_KEYS = 1024
 """On a GPU, keys up to which SDPA with the mask written out beats our kernels and their lowering
 (``docs/performance.md``)."""
 
