@@ -259,6 +259,19 @@ def test_every_kind_of_mask_with_any_number_of_queries(kind, queries):
     assert kind != "any lifetimes" or empty.any()
 
 
+@pytest.mark.parametrize("queries", [KEYS, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_whoever_reads_a_fused_plan_stops_at_its_counts(kind, queries):
+    """Lists are as long as a bound and hold anything after their counts."""
+    mask = cut(kind, queries=queries, b=2)
+    plan = mask.lower(fused=True)
+    assert int(plan.kept().sum()) == int(mask.dense().expand(2, -1, -1, -1).sum())
+    query, key, value = tensors(mask, 3, torch.float64)
+    truth = attention(query, key, value, mask, impl="reference")
+    for impl in ("cpu", "reference"):
+        torch.testing.assert_close(attention(query, key, value, plan, impl=impl), truth)
+
+
 @pytest.mark.parametrize("dim", [8, 16])
 @pytest.mark.parametrize("kind", ["causal", "lifetimes", "structural", "blocks"])
 def test_keys_that_every_row_sees_need_no_mask(kind, dim):

@@ -120,7 +120,9 @@ class Plan:
         total = torch.zeros(self.shape[0], self.heads, dtype=torch.int64, device=self.device)
         pairs = self.full.long() * self.block * self.rows.long()
         if self.bits is not None:
-            pairs += count_bits(self.bits).sum((-1, -2))
+            slot = torch.arange(self.bits.shape[2], device=self.device)
+            edge = slot < (self.count - self.full)[..., None]  # padding may be anything
+            pairs += count_bits(self.bits).sum(-1).masked_fill(~edge, 0).sum(-1)
         else:
             pairs += self._boundary_pairs()
         return total.index_add_(0, self.batch.long(), pairs.T.contiguous())

@@ -116,6 +116,7 @@ def _single_rows(
     keys = plan.index.long()[number * plan.heads // lists].transpose(0, 1)  # [t, lists, n]
     count = plan.count[number * plan.heads // lists].T
     listed = torch.arange(keys.shape[-1], device=query.device) < count[..., None]
+    keys = keys.masked_fill(~listed, 0)  # padding may be anything
 
     def take(x: Tensor) -> Tensor:  # x [b, heads', k, ...] -> [t, lists, n, ...]
         return x[batch[:, None, None], (number * x.shape[1] // lists)[:, None], keys].to(dtype)
