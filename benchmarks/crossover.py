@@ -27,11 +27,11 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"))
-    parser.add_argument("--commit", default=None, help="recorded where git cannot tell")
+    parser.add_argument("--commit", default=None, help="what is measured, where git cannot tell")
     args = parser.parse_args()
     device = torch.device("cuda")
     here, clock = machine(device), Clock(device)
-    here["commit"] = here["commit"] or args.commit
+    here["commit"] = args.commit or here["commit"]
     rows = []
     for keys in LENGTHS:
         query, key, value = (

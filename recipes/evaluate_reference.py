@@ -91,7 +91,7 @@ def run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         progress=options.jobs == 1,
     )
     here = {key: report.header[key] for key in ("date", "commit", "versions", "device", "dtype")}
-    here["commit"] = here["commit"] or options.commit
+    here["commit"] = options.commit or here["commit"]
     rows = []
     for row in report.rows:
         data = asdict(row)
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", metavar="NAME", help="some of the policies")
     parser.add_argument("--jobs", type=int, default=1, help="tasks evaluated at a time")
     parser.add_argument("--threads", type=int, default=2, help="threads of each job")
-    parser.add_argument("--commit", default=None, help="recorded where git cannot tell")
+    parser.add_argument("--commit", default=None, help="what is run, where git cannot tell")
     parser.add_argument("--out", default=str(RESULTS / "reference.jsonl"))
     options = parser.parse_args()
 

@@ -15,6 +15,7 @@ from .attention import attention
 # Not on first use: importing a submodule later would put the module in the function's place.
 from .calibrate import DamSettings, calibrate
 from .card import MaskCard
+from .explain import Explanation, explain
 from .masks import (
     BlockMask,
     LifetimeMask,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockMask",
     "DamSettings",
+    "Explanation",
     "LifetimeMask",
     "Mask",
     "MaskCard",
@@ -45,6 +47,7 @@ __all__ = [
     "StructuralMask",
     "attention",
     "calibrate",
+    "explain",
     "policies",
     "spans_left_padded",
     "spans_packed",

@@ -161,10 +161,9 @@ def choose(
     others: tuple[Tensor, ...] = (),
 ) -> Choice:
     """What ``impl="auto"`` runs. Every choice computes the same pairs."""
-    bare = isinstance(mask, Mask) and bias is None and not return_lse
     on_gpu = query.device.type == "cuda"
-    usual = mask.queries in (1, mask.keys) if isinstance(mask, Mask) else False
-    if bare and mask.is_causal and (usual or not on_gpu):
+    bare = mask if isinstance(mask, Mask) and bias is None and not return_lse else None
+    if bare is not None and bare.is_causal and (not on_gpu or bare.queries in (1, bare.keys)):
         return Choice("sdpa", "the mask is plain causal by construction")
     if not on_gpu:
         return Choice("cpu", "the tensors are on the CPU")
@@ -176,8 +175,8 @@ def choose(
         return Choice("cpu", f"the Triton kernels do not compute in {query.dtype}")
     if not ops.has_triton():
         return Choice("cpu", "the triton package is not installed: pip install 'dynmask[triton]'")
-    if bare and mask.queries > 1 and mask.keys <= DENSE_KEYS:
-        return Choice("sdpa", f"{mask.keys} keys are no more than {DENSE_KEYS}: dense is faster")
+    if bare is not None and bare.queries > 1 and bare.keys <= DENSE_KEYS:
+        return Choice("sdpa", f"{bare.keys} keys are no more than {DENSE_KEYS}: dense is faster")
     return Choice("triton", "a sparse mask on a GPU")
 
 

@@ -214,17 +214,21 @@ class Tiles:
         if all((x - first) % size == 0 for x in inside):
             inside = []  # tiles begin there anyhow
         cuts = [first, *inside, stop]
-        whole = {"dtype": torch.int32, "device": device}
         # made where they live: a copy from the host would wait for the device
-        starts = [torch.arange(a, b, size, **whole) for a, b in pairwise(cuts)]
-        rows = [(b - x).clamp(max=size) for x, b in zip(starts, cuts[1:], strict=True)]
-        starts, rows = torch.cat(starts).repeat(batch), torch.cat(rows).repeat(batch)
-        number = torch.arange(batch, **whole)
+        starts = [
+            torch.arange(a, b, size, dtype=torch.int32, device=device) for a, b in pairwise(cuts)
+        ]
+        stops = [(b - x).clamp(max=size) for x, b in zip(starts, cuts[1:], strict=True)]
+        position, count = torch.cat(starts), torch.cat(stops)
+        each = len(position)
+        number = torch.arange(batch * each, dtype=torch.int32, device=device) // each
+        if batch > 1:
+            position, count = position.repeat(batch), count.repeat(batch)
         return cls(
-            batch=number.repeat_interleave(len(starts) // batch, output_size=len(starts)),
-            row=starts - offset,
-            rows=rows,
-            position=starts,
+            batch=number,
+            row=position - offset,
+            rows=count,
+            position=position,
             size=size,
             first=first,
             stop=stop,
