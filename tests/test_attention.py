@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from dynmask import LifetimeMask, attention
+from dynmask.attention import choose
+from dynmask.kernels.reference import reference_attention
+from dynmask.masks.base import repeat_heads
+from dynmask.plan import Tiles
 
 T = torch.tensor
 
@@ -59,6 +63,12 @@ def test_auto_takes_sdpa_for_plain_causal_masks_only(monkeypatch):
     assert ran == ["_sdpa", "_sdpa"]
 
 
+def test_auto_takes_sdpa_for_plain_causal_chunks_on_the_cpu():
+    for queries in (1, 3, 8):
+        mask = LifetimeMask.causal(8, queries)
+        assert choose(torch.randn(1, 2, queries, 4), mask, None, False).impl == "sdpa"
+
+
 def test_keys_biased_to_minus_infinity_are_as_if_masked():
     query, key, value = (
         torch.randn(1, 2, 50, 8),
@@ -104,6 +114,120 @@ def test_values_may_be_wider_than_keys():
     out = attention(query, key, value, mask)
     torch.testing.assert_close(out, attention(query, key, value, mask, impl="reference"))
     assert out.shape == (1, 2, 9, 6)
+
+
+def test_the_reference_scales_by_default_and_computes_halves_in_float32():
+    query, key = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    visible = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    truth = torch.nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True)
+    torch.testing.assert_close(reference_attention(query, key, key, visible)[0], truth)
+    half = [x.bfloat16() for x in (query, key, key)]
+    out, lse = reference_attention(*half, visible)
+    wide, norm = reference_attention(*(x.float() for x in half), visible)
+    assert torch.equal(out, wide.bfloat16()) and torch.equal(lse, norm)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_no_gradient_comes_from_keys_that_no_row_reads(impl):
+    """They may hold NaN, and 0 times NaN is NaN."""
+    death = T([0, 9, 2, 0, 9, 9]).int().view(1, 1, 6)
+    query, key, value = torch.randn(1, 2, 6, 4), torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4)
+    key[:, :, [0, 2, 3]], value[:, :, [0, 2, 3]] = float("nan"), float("nan")
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    attention(*leaves, LifetimeMask(death), impl=impl).sum().backward()
+    assert all(x.grad.isfinite().all() for x in leaves)
+    assert (key.grad[:, :, [0, 2, 3]] == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_a_bias_may_be_shared_by_the_batch(impl, heads):
+    query, key, value = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    bias, mask = torch.randn(1, heads, 9), LifetimeMask.window(9, 4)
+    out = attention(query, key, value, mask, bias, impl=impl)
+    same = attention(query, key, value, mask, bias.repeat(2, 1, 1), impl=impl)
+    torch.testing.assert_close(out, same)
+
+
+@pytest.mark.parametrize("queries", [40, 17, 1])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_sdpa_computes_what_the_mask_says(queries, heads, monkeypatch):
+    """Plain causal or written out, a range of rows at a time; rows that see no key give 0."""
+    monkeypatch.setattr(__import__("sys").modules["dynmask.attention"], "ROWS_AT_A_TIME", 16)
+    g = torch.Generator().manual_seed(queries)
+    query, key, value = (
+        torch.randn(2, h, n, 8, generator=g) for h, n in ((4, queries), (2, 40), (2, 40))
+    )
+    death = torch.randint(0, 60, (2, heads, 40), generator=g).int()
+    death[0, 0] = 0  # rows that are all empty
+    masks = [
+        LifetimeMask(death, queries),
+        LifetimeMask.top_w(torch.randn(2, heads, 40, generator=g), 5, queries),
+    ]
+    for mask in (*masks, LifetimeMask.window(40, 7, queries), LifetimeMask.causal(40, queries)):
+        out = attention(query, key, value, mask, scale=0.7, impl="sdpa")
+        truth = attention(query, key, value, mask, scale=0.7, impl="reference")
+        torch.testing.assert_close(out, truth)
+        empty = repeat_heads(~mask.dense().any(-1), 4).expand(2, -1, -1)
+        assert (out[empty] == 0).all()
+
+
+def test_sdpa_may_give_anything_for_rows_without_keys(monkeypatch):
+    """What it gives for them depends on the backend."""
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def careless(*args, attn_mask, **kwargs):
+        out = sdpa(*args, attn_mask=attn_mask, **kwargs)
+        return out.masked_fill(~attn_mask.any(-1, keepdim=True), float("nan"))
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", careless)
+    mask = LifetimeMask(T([0, 9, 9, 9]).int().view(1, 1, 4))
+    query, key = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8)
+    out = attention(query, key, key, mask, impl="sdpa")
+    torch.testing.assert_close(out, attention(query, key, key, mask, impl="reference"))
+
+
+@pytest.mark.parametrize("queries", [9, 4])
+def test_what_lifetimes_know_of_themselves_is_true(queries):
+    """``is_causal`` chooses the kernel and ``most`` sizes the lists: neither is looked up again."""
+    g = torch.Generator().manual_seed(1)
+    causal = LifetimeMask.causal(9, queries).dense()
+    scores = torch.randn(1, 2, 9, generator=g)
+    known = [LifetimeMask.streaming(9, s, w, queries) for s in (0, 2) for w in (1, 6, 7, 8, 9, 12)]
+    known += [LifetimeMask.top_w(scores, w, queries) for w in (1, 3, 8, 9, 12)]
+    unknown = LifetimeMask(torch.randint(0, 12, (1, 2, 9), generator=g).int(), queries)
+
+    def is_whole(mask):
+        return bool((mask.dense() == causal).all())
+
+    def longest(mask):
+        return int(mask.dense().sum(-1).max())
+
+    for a in known:
+        assert (a.is_causal, a.most, a.queries) == (is_whole(a), longest(a), queries)
+        for b in (*known, unknown):
+            for one, other in ((a, b), (b, a)):
+                both, either = one & other, one | other
+                assert both.is_causal == is_whole(both) and longest(both) <= both.most <= 9
+                assert either.is_causal == (a.is_causal or b.is_causal)
+                assert is_whole(either) or not either.is_causal
+                assert (either.most is None) == (b is unknown)
+                assert either.most is None or longest(either) <= either.most <= 9
+
+
+@pytest.mark.parametrize("borders", [(), (5, 12), (9, 13, 30), (3, 20, 99), (9, 11), (21,)])
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_tiles_cover_each_row_once_and_straddle_no_border(borders, size):
+    tiles = Tiles.cut(2, (2, 18), 3, size, torch.device("cpu"), borders)
+    first = tiles.position.tolist()
+    stop = [p + n for p, n in zip(first, tiles.rows.tolist(), strict=True)]
+    covered = [q for a, b in zip(first, stop, strict=True) for q in range(a, b)]
+    assert covered == [*range(5, 21)] * 2 and (tiles.first, tiles.stop) == (5, 21)
+    assert torch.equal(tiles.row + 3, tiles.position) and bool((tiles.rows > 0).all())
+    assert tiles.batch.tolist() == [0] * tiles.each + [1] * tiles.each
+    assert int(tiles.rows.max()) <= size
+    assert not any(a < x < b for a, b in zip(first, stop, strict=True) for x in borders)
+    assert tiles.regular == (first[: tiles.each] == [*range(5, 21, size)])
 
 
 def x(*shape, dtype=torch.float32, device="cpu"):
@@ -158,8 +282,33 @@ MASK = LifetimeMask.causal(4)
             {"impl": "sdpa", "return_lse": True},
             "expected a mask, no bias",
         ),
+        (
+            (x(1, 2, 4, 8), x(1, 2, 4, 8), x(1, 2, 4, 8), MASK),
+            {"impl": "sdpa", "bias": x(1, 1, 4)},
+            "expected a mask, no bias",
+        ),
+        (
+            (x(1, 2, 4, 8), x(1, 2, 4, 8), x(1, 2, 4, 8), MASK.lower()),
+            {"impl": "sdpa"},
+            "expected a mask, no bias",
+        ),
+        ((x(1, 2, 4, 8), x(2, 2, 4, 8), x(2, 2, 4, 8), MASK), {}, r"key: expected \[1, kv"),
+        (
+            (x(1, 2, 4, 8), x(1, 2, 4, 8), x(1, 2, 4, 8), LifetimeMask.causal(4, 2)),
+            {},
+            "received 1 batch rows, 2 queries and 4 keys",
+        ),
     ],
 )
 def test_refusals(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         attention(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [x(2, 4), x(1, 2, 4, 4), x(3, 2, 4), x(1, 3, 4), x(1, 2, 4, device="meta"), x(1, 2, 4).int()],
+)
+def test_a_bias_that_does_not_fit_is_refused(bias):
+    with pytest.raises(ValueError, match="bias: expected floating"):
+        attention(x(1, 4, 4, 8), x(1, 2, 4, 8), x(1, 2, 4, 8), MASK, bias)

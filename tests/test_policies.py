@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dynmask import attention
+from dynmask.masks.structural import count_bands
 from dynmask.policies import NAMES, Layer, Pooled, Streaming, VerticalSlash, parse
 from tests.policies import POLICIES
 
@@ -56,6 +57,17 @@ def test_vertical_slash_keeps_the_heaviest_columns_and_diagonals():
             assert mask.diagonals[b, h].tolist() == sorted(slashes.topk(9).indices.tolist())
 
 
+def test_vertical_slash_gives_no_weight_to_the_future():
+    """The last row but one would look at the last key alone, if it could see it."""
+    query, key = torch.zeros(1, 1, 2, DIM), torch.zeros(1, 1, N, DIM)
+    query[..., 0, 0], query[..., 1, 1] = 50.0, 50.0
+    key[..., 10, 0], key[..., N - 1, 0], key[..., 20, 1] = 1.0, 5.0, 1.0
+    policy = VerticalSlash(verticals=2, slashes=3, last=2, sinks=0, window=1)
+    mask = policy(query, key, key, Layer(0))
+    assert mask.verticals.flatten().tolist() == [10, 20]
+    assert mask.diagonals.flatten().tolist() == [0, N - 1 - 20, N - 2 - 10]
+
+
 @pytest.mark.parametrize("queries", [N, 23])
 def test_pooled_takes_the_smallest_set_of_blocks_that_reaches_top_p(queries):
     block, top_p = 8, 0.6
@@ -86,6 +98,30 @@ def test_streaming_in_a_trimmed_cache_keeps_its_window():
     whole = Streaming(5, 20)(query, key, value, Layer(0)).dense()
     part = Streaming(5, 20)(query, key[:, :, 3:], value[:, :, 3:], Layer(0, first_key=3)).dense()
     assert torch.equal(part, whole[..., 3:])
+
+
+@pytest.mark.parametrize("first_key", [0, 3, 9])
+def test_streaming_keeps_the_first_keys_and_the_newest(first_key):
+    query, key, value = inputs(23)
+    mask = Streaming(sinks=5, window=20)(query, key, value, Layer(0, first_key))
+    q, k = torch.arange(N - 23, N)[:, None], torch.arange(N)
+    kept = (k <= q) & ((k < 5 - first_key) | (q - k < 20))
+    assert torch.equal(mask.dense()[0, 0], kept)
+
+
+@pytest.mark.parametrize("first_key", [3, 5, 9])
+def test_vertical_slash_in_a_trimmed_cache_keeps_the_sinks_that_are_left(first_key):
+    query, key, value = inputs()
+    rest = {"verticals": 7, "slashes": 9, "last": 5, "window": 3}
+    part = VerticalSlash(**rest, sinks=5)(query, key, value, Layer(0, first_key))
+    same = VerticalSlash(**rest, sinks=max(5 - first_key, 0))(query, key, value, Layer(0))
+    assert torch.equal(part.dense(), same.dense())
+
+
+def test_bands_are_runs_of_neighbouring_diagonals():
+    sets = torch.tensor([[0, 1, 2, 5, -1, -1], [3, 5, 7, 8, 9, -1], [-1, -1, -1, -1, -1, -1]])
+    assert [count_bands(x) for x in sets] == [2, 3, 0]
+    assert count_bands(sets) == 3 and count_bands(sets[:, :0]) == 0
 
 
 def test_parse():

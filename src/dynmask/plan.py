@@ -219,10 +219,11 @@ class Tiles:
             torch.arange(a, b, size, dtype=torch.int32, device=device) for a, b in pairwise(cuts)
         ]
         stops = [(b - x).clamp(max=size) for x, b in zip(starts, cuts[1:], strict=True)]
-        position, count = torch.cat(starts), torch.cat(stops)
-        each = len(position)
-        number = torch.arange(batch * each, dtype=torch.int32, device=device) // each
+        position, count = (x[0] if len(x) == 1 else torch.cat(x) for x in (starts, stops))
+        number = torch.zeros_like(position)
         if batch > 1:
+            each = torch.arange(batch, dtype=torch.int32, device=device)
+            number = each[:, None].expand(batch, len(position)).flatten()
             position, count = position.repeat(batch), count.repeat(batch)
         return cls(
             batch=number,

@@ -8,8 +8,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own is a function of its language and slow on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is no smaller than n >= 1."""
+    return 1 << (n - 1).bit_length()
+
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -101,8 +111,8 @@ class Call:
         """Head dims, and the powers of two that hold them."""
         d, dv = self.query.shape[-1], self.value.shape[-1]
         pad = {
-            "D_PAD": max(triton.next_power_of_2(d), 16),
-            "DV_PAD": max(triton.next_power_of_2(dv), 16),
+            "D_PAD": max(next_power_of_2(d), 16),
+            "DV_PAD": max(next_power_of_2(dv), 16),
         }
         return {"D": d, "DV": dv, **pad}
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .call import Call, PlanTensors
+from .call import Call, PlanTensors, cdiv, next_power_of_2
 from .prefill import _keys_of, _step
 
 PROGRAMS = 264
@@ -140,15 +140,15 @@ def decode(
     """
     call = Call.of(query, key, value, bias, plan, scale)
     tiles, cap = plan.batch.shape[0], plan.index.shape[-1] * plan.block
-    pack = min(max(triton.next_power_of_2(call.members), 16), 64)
-    subs = triton.cdiv(call.members, pack)
+    pack = min(max(next_power_of_2(call.members), 16), 64)
+    subs = cdiv(call.members, pack)
     if query.element_size() == 4 or max(call.sizes["D"], call.sizes["DV"]) > 128:
         step, stages = min(step, 32), min(stages, 2)
-    if plan.block > 1 and plan.block % step and triton.next_power_of_2(plan.block) == plan.block:
+    if plan.block > 1 and plan.block % step and next_power_of_2(plan.block) == plan.block:
         step = max(plan.block, 16)
     if splits is None:
         most = PROGRAMS // (tiles * call.lists * subs)
-        splits = max(min(most, triton.cdiv(cap, step), 128), 1)
+        splits = max(min(most, cdiv(cap, step), 128), 1)
     shape = (tiles, call.lists * call.members, splits)
     parts = torch.empty(*shape, value.shape[-1], dtype=torch.float32, device=query.device)
     tops, sums = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
@@ -164,6 +164,6 @@ def decode(
     _merge_kernel[(tiles * call.lists * call.members,)](
         parts, tops, sums, out, out if lse is None else lse, plan.batch, plan.row,
         *out.stride()[:3], *((0, 0) if lse is None else lse.stride()[:2]),
-        call.lists * call.members, SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits),
+        call.lists * call.members, SPLITS=splits, SPLITS_PAD=next_power_of_2(splits),
         DV=call.sizes["DV"], DV_PAD=call.sizes["DV_PAD"], HAS_LSE=lse is not None, num_warps=4,
     )  # fmt: skip

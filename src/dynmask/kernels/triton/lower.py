@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .call import cdiv, next_power_of_2
+
 SPAN = 4096
 """Positions of the segments whose lists the tiles' lists are filtered from."""
 
@@ -131,8 +133,8 @@ def alive_lists(
         return torch.empty(shape, dtype=torch.int32, device=death.device)
 
     span = levels[-1]
-    segments, cap = triton.cdiv(stop - first, span), min(most + span, stop)
-    blocks = triton.cdiv(stop, BLOCK)
+    segments, cap = cdiv(stop - first, span), min(most + span, stop)
+    blocks = cdiv(stop, BLOCK)
     counts = empty(rows, segments, blocks)
     parent, ends = (empty(rows, segments, cap) for _ in range(2))
     for write in (False, True):
@@ -151,7 +153,7 @@ def alive_lists(
     for finer in reversed(levels[:-1] or levels):
         final, ratio, parents = finer == tile, span // finer, segments
         span, parent_cap = finer, cap
-        segments, cap = triton.cdiv(stop - first, span), min(most + span, stop)
+        segments, cap = cdiv(stop - first, span), min(most + span, stop)
         shape = (heads, batch * segments) if final else (rows, segments)
         index, full, found = empty(*shape, cap), empty(*shape), empty(*shape)
         dies = index if final else empty(*shape, cap)
@@ -205,7 +207,7 @@ def block_lists(
     index = torch.empty(b, heads, blocks, cap, dtype=torch.int32, device=chosen.device)
     _block_kernel[(blocks, b * heads)](
         chosen.contiguous().view(torch.uint8), index, index, first_block, keys, key_blocks, cap,
-        BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK=min(1024, triton.next_power_of_2(key_blocks)),
+        BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK=min(1024, next_power_of_2(key_blocks)),
         num_warps=4,
     )  # fmt: skip
     return index
@@ -265,7 +267,7 @@ def block_plan(
     _block_plan_kernel[(t, heads)](
         blocks, index, full, count, position, rows, blocks.stride(0), blocks.stride(1),
         query_blocks, first_block, t // batch, cap, BLOCK_Q=block_q, BLOCK_K=block_k,
-        BLOCK=min(1024, triton.next_power_of_2(max(cap, 1))), num_warps=4,
+        BLOCK=min(1024, next_power_of_2(max(cap, 1))), num_warps=4,
     )  # fmt: skip
     return index, full, count
 
@@ -284,7 +286,7 @@ def _words_from(row, size, word):
 def _pattern_kernel(
     offset, words, found_at, vertical, is_vertical, index, full, count, bits, position, rows,
     offsets, verticals, heads, each, pattern_batch, keys, cap, edge_cap,
-    WORDS: tl.constexpr, BLOCK: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Diagonals and verticals of one tile; a key on both is listed as the vertical that it is."""
     t, head = tl.program_id(0), tl.program_id(1)
@@ -298,8 +300,8 @@ def _pattern_kernel(
     for write in tl.static_range(2):
         whole = 0
         edge_count = 0
-        for start in range(0, verticals, BLOCK):
-            slot = start + tl.arange(0, BLOCK)
+        for start in range(0, verticals, BLOCK_V):
+            slot = start + tl.arange(0, BLOCK_V)
             key = tl.load(vertical + line * verticals + slot, mask=slot < verticals, other=-1)
             listed = (key >= 0) & (key < begin + size)
             every = listed & (key <= begin)
@@ -383,6 +385,7 @@ def pattern_lists(
         offset.contiguous(), words.contiguous(), found.contiguous(), vertical.contiguous(),
         is_vertical.contiguous().view(torch.uint8), index, full, count, bits, position, rows,
         offsets, verticals, heads, t // batch, int(patterns > 1), keys, cap, cap,
-        WORDS=width, BLOCK=512, num_warps=4,
+        WORDS=width, BLOCK=max(min(next_power_of_2(max(offsets, 1)), 1024), 32),
+        BLOCK_V=max(min(next_power_of_2(max(verticals, 1)), 1024), 32), num_warps=4,
     )  # fmt: skip
     return index, full, count, bits

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .call import Call, PlanTensors
+from .call import Call, PlanTensors, cdiv, next_power_of_2
 
 
 @triton.jit
@@ -270,13 +270,13 @@ def prefill(
         config: how to compile; measured defaults when None.
     """
     call = Call.of(query, key, value, bias, plan, scale)
-    tile = max(triton.next_power_of_2(plan.tile), 16)
+    tile = max(next_power_of_2(plan.tile), 16)
     rule = "bits" if plan.bits is not None else "causal" if plan.death is None else "death"
     dim = max(call.sizes["D"], call.sizes["DV"])
     config = config or config_of(dim, query.element_size(), tile, rule)
-    pack = max(min(config.rows // tile, triton.next_power_of_2(call.members)), 1)
+    pack = max(min(config.rows // tile, next_power_of_2(call.members)), 1)
     step = config.step
-    if plan.block > 1 and plan.block % step and triton.next_power_of_2(plan.block) == plan.block:
+    if plan.block > 1 and plan.block % step and next_power_of_2(plan.block) == plan.block:
         step = max(plan.block, 16)
     order = None
     if not plan.even and call.lists > 1:
@@ -285,7 +285,7 @@ def prefill(
         work = work[:, None] * times + torch.arange(times, device=work.device)
         order = work.flatten().int()
     bits = plan.bits
-    subs = triton.cdiv(call.members, pack)
+    subs = cdiv(call.members, pack)
     tiles = plan.batch.shape[0]
     _prefill_kernel[(subs * call.lists * tiles,)](
         call.query, call.key, call.value, call.bias, out, out if lse is None else lse,

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .call import cdiv, next_power_of_2
+
 CHUNK = 128
 """Queries of one chunk. A bracket holds at most 2 CHUNK keys of the prefix: those that leave the
 top w during the chunk, and those that come."""
@@ -130,9 +132,9 @@ def lifetimes(scores: Tensor, width: int) -> Tensor:
     inf = float("inf")
     order = flat.nan_to_num(-inf, inf, -inf).sort(dim=-1, stable=True).indices
     rows = flat.shape[0]
-    chunks = triton.cdiv(n, CHUNK)
-    bucket = max(CHUNK, triton.next_power_of_2(triton.cdiv(n, 128)))
-    buckets = triton.cdiv(n, bucket)
+    chunks = cdiv(n, CHUNK)
+    bucket = max(CHUNK, next_power_of_2(cdiv(n, 128)))
+    buckets = cdiv(n, bucket)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=scores.device)
@@ -140,14 +142,14 @@ def lifetimes(scores: Tensor, width: int) -> Tensor:
     rank, death = empty(rows, n), empty(rows, n)
     table, border = empty(rows, buckets, chunks), empty(rows, chunks)
     bracket = empty(rows, chunks, 4 * CHUNK)
-    bins = max(triton.next_power_of_2(chunks), 32)
+    bins = max(next_power_of_2(chunks), 32)
     _table_kernel[(buckets, rows)](
         order, rank, table, n, buckets, chunks,
         BUCKET=bucket, CHUNK=CHUNK, BINS=bins, num_warps=4,
     )  # fmt: skip
     _boundary_kernel[(chunks, rows)](
         order, rank, table, border, death, n, width, buckets, chunks,
-        BUCKET=bucket, CHUNK=CHUNK, BUCKETS=triton.next_power_of_2(buckets), num_warps=4,
+        BUCKET=bucket, CHUNK=CHUNK, BUCKETS=next_power_of_2(buckets), num_warps=4,
     )  # fmt: skip
     _death_kernel[(chunks, rows)](
         order, rank, border, death, bracket, n, chunks,
