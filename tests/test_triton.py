@@ -530,6 +530,39 @@ def test_keys_biased_to_minus_infinity_are_as_if_masked(kind, queries):
     assert (out[:, GROUPS:] == 0).all() and (lse[:, GROUPS:] == -INF).all()
 
 
+@pytest.mark.parametrize("queries", [KEYS, 1])
+def test_a_finite_bias_stays_finite(queries):
+    """The most negative number is a usual way to say "no": among equals it hides nobody."""
+    mask = cut("top-w", queries=queries)
+    query, key, value = tensors(mask, 6, torch.float32)
+    bias = torch.full((1, 1, KEYS), torch.finfo(torch.float32).min)
+    out = attention(query, key, value, mask, bias, scale=0.0, impl="triton")
+    mean = attention(query, key, value, mask, scale=0.0, impl="reference")
+    torch.testing.assert_close(out, mean)
+
+
+@pytest.mark.parametrize("scale", [1e-46, 1e-300, -1e-300])
+def test_a_scale_that_float32_cannot_hold_is_zero(scale):
+    mask = cut("any lifetimes")
+    args = tensors(mask, 6, torch.float32)
+    out = attention(*args, mask, scale=scale, impl="triton")
+    torch.testing.assert_close(out, attention(*args, mask, scale=0.0, impl="reference"))
+
+
+@pytest.mark.parametrize("queries", [KEYS, 1])
+def test_lists_without_any_block_give_zero(queries):
+    blocks = -(-KEYS // 16) if queries > 1 else 1
+    mask = BlockMask(torch.empty(1, 1, blocks, 0, dtype=torch.int32), 16, 16, KEYS, queries)
+    out, lse = attention(*tensors(mask, 6, torch.float32), mask, return_lse=True, impl="triton")
+    assert (out == 0).all() and (lse == -INF).all()
+
+
+def test_tiles_are_those_that_the_fused_kernels_prefer():
+    for kind in ("structural", "blocks", "top-w"):
+        mask = cut(kind, keys=300, queries=300)
+        assert mask.lower(fused=True).tile == mask.preferred_tile(fused=True)
+
+
 def test_logits_of_any_size_do_not_overflow():
     for queries in (40, 1):
         mask = lifetime(generator(6), 40, queries, 1, GROUPS, 2)
@@ -564,6 +597,7 @@ def test_the_operators_keep_what_they_promise():
     opcheck, op = torch.library.opcheck, torch.ops.dynmask
     g = generator(20)
     opcheck(op.lifetimes.default, (torch.randn(1, 2, 20, generator=g), 5))
+    opcheck(op.lifetimes.default, (torch.randn(1, 20, 2, generator=g).transpose(1, 2), 5))
     death = torch.randint(0, 40, (2, 2, 30), generator=g).int()
     for first, tile in ((4, 16), (27, 1), (29, 1)):
         opcheck(op.alive_lists.default, (death, first, 30, tile, 30))
@@ -641,9 +675,11 @@ def test_what_is_missing_is_named(monkeypatch):
         attention(y, y, y, LifetimeMask.causal(4), impl="triton")
 
 
-def on_gpu(dtype=torch.float16, requires_grad=False):
+def on_gpu(dtype=torch.float16, requires_grad=False, dim=64):
     """As much of a tensor on a GPU as a choice looks at."""
-    return SimpleNamespace(device=torch.device("cuda"), dtype=dtype, requires_grad=requires_grad)
+    return SimpleNamespace(
+        device=torch.device("cuda"), dtype=dtype, requires_grad=requires_grad, shape=(1, 1, 1, dim)
+    )
 
 
 def test_auto_takes_the_triton_kernels_where_they_can_run(monkeypatch):
@@ -665,6 +701,8 @@ def test_auto_takes_the_triton_kernels_where_they_can_run(monkeypatch):
     assert chosen(on_gpu(), LifetimeMask.window(DENSE_KEYS, 9), lse=True) == "triton"
     assert chosen(on_gpu(), LifetimeMask.window(DENSE_KEYS, 9, 1)) == "triton"
     assert chosen(on_gpu(torch.float64), window) == "cpu"
+    assert chosen(on_gpu(), window, on_gpu(dim=257)) == "cpu"
+    assert chosen(on_gpu(), window.lower(tile=257)) == "cpu"
     assert chosen(x(1), window) == "cpu"
     for position in range(3):
         group = [on_gpu(requires_grad=position == i) for i in range(3)]

@@ -28,6 +28,9 @@ DENSE_KEYS = 1024
 """On a GPU, keys up to which SDPA with the mask written out beats our kernels and their lowering
 (``docs/performance.md``)."""
 
+MOST_DIM, MOST_ROWS = 256, 256
+"""Head dims and rows of a tile that the Triton kernels know."""
+
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 LOGITS_AT_A_TIME = 2**24
@@ -173,6 +176,10 @@ def choose(
         return Choice("cpu", "gradients are asked for, which the Triton kernels do not have yet")
     if query.dtype not in TRITON_DTYPES:
         return Choice("cpu", f"the Triton kernels do not compute in {query.dtype}")
+    if max(x.shape[-1] for x in (query, *others)) > MOST_DIM:
+        return Choice("cpu", f"the Triton kernels know head dims up to {MOST_DIM}")
+    if isinstance(mask, Plan) and mask.tile > MOST_ROWS:
+        return Choice("cpu", f"the Triton kernels know tiles of up to {MOST_ROWS} rows")
     if not ops.has_triton():
         return Choice("cpu", "the triton package is not installed: pip install 'dynmask[triton]'")
     if bare is not None and bare.queries > 1 and bare.keys <= DENSE_KEYS:
@@ -190,7 +197,7 @@ def _triton(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Lower and compute by the Triton kernels, as many rows at a time as ``LIST_BYTES`` hold."""
-    _check_triton(query, key, value, bias)
+    _check_triton(query, key, value, mask, bias)
     shape = (*query.shape[:3], value.shape[-1])
     # a plan and placed sequences may leave rows out, every other mask has a tile for each row
     holes = isinstance(mask, Plan | PlacedMask)
@@ -226,7 +233,9 @@ def _plans(query: Tensor, mask: Mask | Plan) -> Iterator[Plan]:
                 yield plan
 
 
-def _check_triton(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> None:
+def _check_triton(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask | Plan, bias: Tensor | None
+) -> None:
     """Raise ValueError where the Triton kernels cannot run a call that asked for them."""
     if not ops.has_triton():
         raise ValueError(
@@ -243,9 +252,14 @@ def _check_triton(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
             f'impl="triton": expected float16, bfloat16 or float32, received {query.dtype}; '
             'use impl="cpu"'
         )
-    if max(query.shape[-1], value.shape[-1]) > 256:
+    if isinstance(mask, Plan) and mask.tile > MOST_ROWS:
         raise ValueError(
-            f'impl="triton": expected head dims up to 256, received {query.shape[-1]} and '
+            f'impl="triton": expected tiles of up to {MOST_ROWS} rows, received a plan with '
+            f"{mask.tile}; lower the mask with tile={MOST_ROWS // 2}"
+        )
+    if max(query.shape[-1], value.shape[-1]) > MOST_DIM:
+        raise ValueError(
+            f'impl="triton": expected head dims up to {MOST_DIM}, received {query.shape[-1]} and '
             f'{value.shape[-1]}; use impl="cpu"'
         )
     if torch.is_grad_enabled() and any(

@@ -54,11 +54,14 @@ def _operator(fake: Callable, mutates: Sequence[str] = ()) -> Callable[[Callable
 
 def _lists(like: Tensor, heads: int, tiles: int, cap: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tensors in the shape of index, full and count."""
-    index = like.new_empty(heads, tiles, cap, dtype=torch.int32)
-    return index, torch.empty_like(index[..., 0]), torch.empty_like(index[..., 0])
+    index, full, count = (
+        like.new_empty(shape, dtype=torch.int32)
+        for shape in ((heads, tiles, cap), (heads, tiles), (heads, tiles))
+    )
+    return index, full, count
 
 
-@_operator(lambda scores, width: torch.empty_like(scores, dtype=torch.int32))
+@_operator(lambda scores, width: scores.new_empty(scores.shape, dtype=torch.int32))
 def lifetimes(scores: Tensor, width: int) -> Tensor:
     """Lifetimes of the running top w: :func:`dynmask.kernels.triton.select.lifetimes`."""
     from .triton.select import lifetimes

@@ -47,7 +47,11 @@ def reference_attention(
     if bias is not None:
         logits = logits + repeat_heads(bias, heads).to(dtype)[:, :, None, :]
     logits = logits.masked_fill(~visible, float("-inf"))
-    lse = logits.logsumexp(-1)
-    safe = lse.masked_fill(lse == float("-inf"), 0)  # a row without a key gives 0
-    weights = (logits - safe[..., None]).exp()
-    return (weights @ v).to(query.dtype), lse
+    # The largest logit is taken off first: a log-sum-exp beside a large bias holds no fractions.
+    top = logits.detach().amax(-1, keepdim=True)
+    weights = (logits - top.masked_fill(top == float("-inf"), 0)).exp()
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0  # a row without a key gives 0
+    total = total.masked_fill(empty, 1)
+    lse = (top + total.log()).masked_fill(empty, float("-inf")).squeeze(-1)
+    return (weights @ v / total).to(query.dtype), lse

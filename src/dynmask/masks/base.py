@@ -57,10 +57,10 @@ class Mask(ABC):
         write the same lists without waiting for the device, their capacity a bound.
         """
         rows = self._range(rows)
-        size = self.preferred_tile() if tile is None else tile
+        fused = is_fused(self.device) if fused is None else fused
+        size = self.preferred_tile(fused) if tile is None else tile
         size = min(check_whole("tile", size, 1), rows[1] - rows[0])
         borders = self.borders(rows[0] + self.offset, rows[1] + self.offset)
-        fused = is_fused(self.device) if fused is None else fused
         return self.lower_tiles(
             Tiles.cut(self.batch, rows, self.offset, size, self.device, borders, fused)
         )

@@ -125,7 +125,7 @@ class LifetimeMask(Mask):
             width: keys that a query reads, 1 or more.
             queries: query rows; all keys when None.
             check: look for NaN scores. None looks where that costs nothing: on a GPU it would
-                wait for the device, and there NaN ranks below every number.
+                wait for the device, and there NaN counts as -inf.
 
         Raises:
             ValueError: scores of another rank or type, NaN scores, or a width below 1.

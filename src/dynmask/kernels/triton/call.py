@@ -74,8 +74,10 @@ class Call:
         scale: float,
     ) -> Call:
         """Arrange one call's arguments."""
-        if scale <= 0:  # the kernels scale the largest logit, so its sign goes into the queries
-            query, scale = (-query, -scale) if scale < 0 else (torch.zeros_like(query), 1.0)
+        if scale < 0:  # the kernels scale the largest logit, so its sign goes into the queries
+            query, scale = -query, -scale
+        if scale < torch.finfo(torch.float32).tiny:  # 0 to the kernels, and 0 times -inf is NaN
+            query, scale = torch.zeros_like(query), 1.0
         query, key, value = (
             x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
             for x in (query, key, value)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .call import Call, PlanTensors, cdiv, next_power_of_2
-from .prefill import _keys_of, _step
+from .prefill import _keys_of, _log2_bias, _step
 
 PROGRAMS = 264
 """Programs that fill a GPU: two for each of an H200's 132 multiprocessors."""
@@ -69,8 +69,7 @@ def _split_kernel(
                 listed &= position < dies
         bias = 0.0
         if HAS_BIAS:
-            bias = tl.load(bias_base + key, mask=listed, other=0.0).to(tl.float32)
-            bias *= 1.4426950408889634
+            bias = _log2_bias(tl.load(bias_base + key, mask=listed, other=0.0).to(tl.float32))
         key = key.to(tl.int64)
         there = listed[:, None]
         k = tl.load(k_base + key[:, None] * k_n, mask=there & (d < D)[None, :], other=0.0)

@@ -99,9 +99,9 @@ def _filter_kernel(
             some += tl.sum(seen.to(tl.int32), 0)
             tl.store(ends + place * cap + at - 1, dies, mask=seen & (at <= cap))
         tl.store(index + place * cap + at - 1, key, mask=seen & (at <= cap))
-    tl.store(count + place, some)
+    tl.store(count + place, tl.minimum(some, cap))  # a bound that is too small loses keys, no more
     if FINAL:
-        tl.store(full + place, fulls)
+        tl.store(full + place, tl.minimum(fulls, cap))
 
 
 def alive_lists(
@@ -215,14 +215,14 @@ def block_lists(
 
 @triton.jit
 def _block_plan_kernel(
-    blocks, index, full, count, position, rows, block_batch, block_head, query_blocks, first_block,
+    numbers, index, full, count, position, rows, block_batch, block_head, query_blocks, first_block,
     each, cap, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """First keys of a tile's blocks; blocks wholly in the past are the first of the list."""
     t, head = tl.program_id(0), tl.program_id(1)
     begin = tl.load(position + t)
     end = begin + tl.load(rows + t)
-    line = blocks + (t // each).to(tl.int64) * block_batch + head.to(tl.int64) * block_head
+    line = numbers + (t // each).to(tl.int64) * block_batch + head.to(tl.int64) * block_head
     line += (begin // BLOCK_Q - first_block).to(tl.int64) * cap
     out = head.to(tl.int64) * tl.num_programs(0) + t
     fulls, found = 0, 0
@@ -263,7 +263,7 @@ def block_plan(
     t = position.shape[0]
     blocks = blocks if blocks.stride(-1) == 1 and blocks.stride(-2) == cap else blocks.contiguous()
     index = torch.empty(heads, t, cap, dtype=torch.int32, device=blocks.device)
-    full, count = (torch.empty_like(index[..., 0]) for _ in range(2))
+    full, count = (index.new_empty(heads, t) for _ in range(2))
     _block_plan_kernel[(t, heads)](
         blocks, index, full, count, position, rows, blocks.stride(0), blocks.stride(1),
         query_blocks, first_block, t // batch, cap, BLOCK_Q=block_q, BLOCK_K=block_k,
@@ -379,7 +379,7 @@ def pattern_lists(
     verticals, keys, t = vertical.shape[-1], is_vertical.shape[-1], position.shape[0]
     cap, width = offsets + verticals, words.shape[-1]
     index = torch.empty(heads, t, cap, dtype=torch.int32, device=offset.device)
-    full, count = (torch.empty_like(index[..., 0]) for _ in range(2))
+    full, count = (index.new_empty(heads, t) for _ in range(2))
     bits = torch.empty(heads, t, cap, width, dtype=torch.int32, device=offset.device)
     _pattern_kernel[(t, heads)](
         offset.contiguous(), words.contiguous(), found.contiguous(), vertical.contiguous(),

@@ -54,6 +54,13 @@ def _step(
 
 
 @triton.jit
+def _log2_bias(bias):
+    """A bias in the unit of exp2; finite ones stay finite."""
+    scaled = tl.minimum(tl.maximum(bias * 1.4426950408889634, -3.4e38), 3.4e38)
+    return tl.where(tl.abs(bias) < float("inf"), scaled, bias)
+
+
+@triton.jit
 def _keys_of(line, columns, start, stop, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """Key of each column below ``stop`` of a list of entries of BLOCK keys."""
     if BLOCK % STEP == 0:  # a step lies in one entry
@@ -95,8 +102,7 @@ def _boundary_step(
     seen &= listed[None, :]
     bias = 0.0
     if HAS_BIAS:
-        bias = tl.load(bias_base + key, mask=listed, other=0.0).to(tl.float32)
-        bias *= 1.4426950408889634
+        bias = _log2_bias(tl.load(bias_base + key, mask=listed, other=0.0).to(tl.float32))
     if WIDE:
         key = key.to(tl.int64)
     there = listed[:, None]
@@ -182,7 +188,7 @@ def _prefill_kernel(
         following = _keys_of(line, ahead + tl.arange(0, STEP), ahead, whole, BLOCK, STEP)
         bias = 0.0
         if HAS_BIAS:
-            bias = tl.load(bias_base + key).to(tl.float32) * 1.4426950408889634
+            bias = _log2_bias(tl.load(bias_base + key).to(tl.float32))
         at_key = key[:, None]
         if WIDE:
             at_key = at_key.to(tl.int64)

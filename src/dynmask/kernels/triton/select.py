@@ -117,7 +117,7 @@ def _death_kernel(
 def lifetimes(scores: Tensor, width: int) -> Tensor:
     """First query at which ``width`` keys of the prefix outrank each key.
 
-    Equal scores: the later key ranks higher; NaN ranks lowest.
+    Equal scores: the later key ranks higher; NaN counts as -inf.
 
     Args:
         scores: floating [b, heads, keys].
