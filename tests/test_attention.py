@@ -220,14 +220,15 @@ def test_what_lifetimes_know_of_themselves_is_true(queries):
 def test_tiles_cover_each_row_once_and_straddle_no_border(borders, size):
     tiles = Tiles.cut(2, (2, 18), 3, size, torch.device("cpu"), borders)
     first = tiles.position.tolist()
+    each = len(tiles) // 2
     stop = [p + n for p, n in zip(first, tiles.rows.tolist(), strict=True)]
     covered = [q for a, b in zip(first, stop, strict=True) for q in range(a, b)]
     assert covered == [*range(5, 21)] * 2 and (tiles.first, tiles.stop) == (5, 21)
     assert torch.equal(tiles.row + 3, tiles.position) and bool((tiles.rows > 0).all())
-    assert tiles.batch.tolist() == [0] * tiles.each + [1] * tiles.each
+    assert tiles.batch.tolist() == [0] * each + [1] * each
     assert int(tiles.rows.max()) <= size
     assert not any(a < x < b for a, b in zip(first, stop, strict=True) for x in borders)
-    assert tiles.regular == (first[: tiles.each] == [*range(5, 21, size)])
+    assert tiles.regular == (first[:each] == [*range(5, 21, size)])
 
 
 def x(*shape, dtype=torch.float32, device="cpu"):

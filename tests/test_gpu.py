@@ -39,6 +39,16 @@ KINDS = [
 CASES = [(k, s) for k in KINDS for s in SIZES if k != "packed" or s[0] == s[1] > 1]
 
 
+@pytest.fixture(autouse=True)
+def stop_when_the_device_is_lost():
+    """A failed assertion on the device fails every later call in its process: say which came first."""
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        pytest.exit(f"the device is lost: {str(error).splitlines()[0]}", returncode=3)
+
+
 def tensors(keys, queries, dtype, heads=HEADS, groups=GROUPS, dim=DIM):
     g = torch.Generator("cuda").manual_seed(keys)
     return (

@@ -170,9 +170,7 @@ def choose(
         return Choice("sdpa", "the mask is plain causal by construction")
     if not on_gpu:
         return Choice("cpu", "the tensors are on the CPU")
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (query, *others, bias)
-    ):
+    if _wants_grad(query, *others, bias):
         return Choice("cpu", "gradients are asked for, which the Triton kernels do not have yet")
     if query.dtype not in TRITON_DTYPES:
         return Choice("cpu", f"the Triton kernels do not compute in {query.dtype}")
@@ -185,6 +183,11 @@ def choose(
     if bare is not None and bare.queries > 1 and bare.keys <= DENSE_KEYS:
         return Choice("sdpa", f"{bare.keys} keys are no more than {DENSE_KEYS}: dense is faster")
     return Choice("triton", "a sparse mask on a GPU")
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a call with these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _triton(
@@ -262,9 +265,7 @@ def _check_triton(
             f'impl="triton": expected head dims up to {MOST_DIM}, received {query.shape[-1]} and '
             f'{value.shape[-1]}; use impl="cpu"'
         )
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (query, key, value, bias)
-    ):
+    if _wants_grad(query, key, value, bias):
         raise ValueError(
             'impl="triton": expected tensors without gradients, received one that requires them; '
             'use impl="cpu" or torch.no_grad()'

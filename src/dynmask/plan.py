@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -240,10 +241,27 @@ class Tiles:
     def __len__(self) -> int:
         return self.row.shape[0]
 
-    @property
-    def each(self) -> int:
-        """Tiles of one batch row."""
-        return len(self) // max(int(self.batch[-1]) + 1, 1)
+    def plan(
+        self,
+        index: Tensor,
+        full: Tensor,
+        count: Tensor,
+        shape: tuple[int, int, int],
+        **rule: Any,
+    ) -> Plan:
+        """The plan of these tiles; ``rule`` is block, death, bits and even as in :class:`Plan`."""
+        return Plan(
+            batch=self.batch,
+            row=self.row,
+            rows=self.rows,
+            position=self.position,
+            index=index,
+            full=full,
+            count=count,
+            tile=self.size,
+            shape=shape,
+            **rule,
+        )
 
 
 def pack_rows(seen: Tensor) -> Tensor:
@@ -400,15 +418,10 @@ class Entries:
         width = int((count - fulls).max()) if count.numel() else 0
         edge = torch.where((slot < cap) & (edge >= 0), edge, torch.full_like(edge, width))
         bits = torch.stack([place(word, edge, width, 0) for word in self.words.unbind(-1)], -1)
-        return Plan(
-            batch=tiles.batch,
-            row=tiles.row,
-            rows=tiles.rows,
-            position=tiles.position,
+        return tiles.plan(
             index=place(self.keys, slot, cap, 0),
             full=fulls,
             count=count,
-            tile=tiles.size,
             shape=shape,
             bits=bits,
         )

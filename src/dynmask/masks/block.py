@@ -230,15 +230,10 @@ class BlockMask(Mask):
         death = None
         if self.limit is not None:
             death = repeat_heads(self.limit.death, self.heads).expand(self.batch, -1, -1)
-        return Plan(
-            batch=tiles.batch,
-            row=tiles.row,
-            rows=tiles.rows,
-            position=tiles.position,
+        return tiles.plan(
             index=flat(place(start.int(), slot, int(count.max()), 0)),
             full=flat(fulls),
             count=flat(count),
-            tile=tiles.size,
             shape=(self.batch, self.queries, self.keys),
             block=self.block_k,
             death=death,
@@ -255,15 +250,10 @@ class BlockMask(Mask):
             self.block_k,
             self.first_block,
         )
-        return Plan(
-            batch=tiles.batch,
-            row=tiles.row,
-            rows=tiles.rows,
-            position=tiles.position,
+        return tiles.plan(
             index=index,
             full=full,
             count=count,
-            tile=tiles.size,
             shape=(self.batch, self.queries, self.keys),
             block=self.block_k,
         )

@@ -239,15 +239,10 @@ class LifetimeMask(Mask):
         def flat(x: Tensor) -> Tensor:  # [b, heads, t, ...] -> [heads, b * t, ...]
             return x.transpose(0, 1).flatten(1, 2).contiguous()
 
-        return Plan(
-            batch=tiles.batch,
-            row=tiles.row,
-            rows=tiles.rows,
-            position=tiles.position,
+        return tiles.plan(
             index=flat(index),
             full=flat(fulls),
             count=flat(count),
-            tile=tiles.size,
             shape=(self.batch, self.queries, self.keys),
             death=None if self.plain else self.death,
         )
@@ -277,15 +272,10 @@ class LifetimeMask(Mask):
                 self.death, tiles.first, tiles.stop, tiles.size, self._most()
             )
             block, death, even = 1, self.death, self.most is not None
-        return Plan(
-            batch=tiles.batch,
-            row=tiles.row,
-            rows=tiles.rows,
-            position=tiles.position,
+        return tiles.plan(
             index=index,
             full=full,
             count=count,
-            tile=tiles.size,
             shape=(self.batch, self.queries, self.keys),
             block=block,
             death=death,

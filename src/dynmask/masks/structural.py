@@ -292,15 +292,10 @@ class StructuralMask(Mask):
             tiles.rows,
             self.batch,
         )
-        plan = Plan(
-            batch=tiles.batch,
-            row=tiles.row,
-            rows=tiles.rows,
-            position=tiles.position,
+        plan = tiles.plan(
             index=index,
             full=full,
             count=count,
-            tile=tiles.size,
             shape=(self.batch, self.queries, self.keys),
             bits=bits,
         )
@@ -323,15 +318,10 @@ class StructuralMask(Mask):
             death = self.limit.death.expand(self.batch, self.heads, -1)
             listed &= death.gather(-1, keys.clamp(max=self.keys - 1).long()) > query
         slot, fulls, count = compact(keys, listed, torch.zeros_like(listed), keys.shape[-1])
-        return Plan(
-            batch=tiles.batch,
-            row=tiles.row,
-            rows=tiles.rows,
-            position=tiles.position,
+        return tiles.plan(
             index=place(keys, slot, keys.shape[-1], 0).transpose(0, 1).contiguous(),
             full=fulls.T.contiguous(),
             count=count.T.contiguous(),
-            tile=1,
             shape=(self.batch, self.queries, self.keys),
         )
 
