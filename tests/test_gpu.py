@@ -41,7 +41,7 @@ CASES = [(k, s) for k in KINDS for s in SIZES if k != "packed" or s[0] == s[1] >
 
 @pytest.fixture(autouse=True)
 def stop_when_the_device_is_lost():
-    """A failed assertion on the device fails every later call in its process: say which came first."""
+    """A failed assertion on the device fails every later call too: end where it came first."""
     yield
     try:
         torch.cuda.synchronize()
