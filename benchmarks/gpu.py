@@ -1,7 +1,8 @@
 """make benchmark where a GPU is: every case of gpu_cases.py, variants interleaved in one run.
 
-Selection (scores to lifetimes, tables to lists) and lowering are inside our time. Before a case is
-timed, its kernel is compared with the dense oracle at a smaller length; one that disagrees is not
+Selection (scores to lifetimes, tables to lists) and lowering are inside our time, but for decoding,
+where lists are made beforehand and what that takes is a figure of its own. Before a case is timed,
+its kernel is compared with the dense oracle at a smaller length; one that disagrees is not
 recorded. Rows are written after every case.
 
     python benchmarks/gpu.py --only top_w          # some cases

@@ -278,6 +278,13 @@ MASK = LifetimeMask.causal(4)
         ((x(0, 2, 4, 8), x(0, 2, 4, 8), x(0, 2, 4, 8), MASK), {}, "expected no empty dimension"),
         ((x(1, 2, 4, 8), x(1, 2, 4, 8), x(1, 2, 4, 8), MASK), {"bias": x(1, 2, 5)}, "bias: exp"),
         ((x(1, 2, 4, 8), x(1, 2, 4, 8), x(1, 2, 4, 8), MASK), {"impl": "fast"}, "impl: expected"),
+        ((x(1, 2, 4, 8), x(1, 2, 4, 8), x(1, 2, 4, 8), MASK), {"bias": [0]}, "received list"),
+        ((x(1, 2, 4, 8), x(1, 2, 4, 8), x(1, 2, 4, 8), MASK), {"scale": "a"}, "scale: expected"),
+        (
+            (x(1, 2, 4, 8), x(1, 2, 4, 8), x(1, 2, 4, 8), MASK),
+            {"scale": float("nan")},
+            "finite number",
+        ),
         (
             (x(1, 2, 4, 8), x(1, 2, 4, 8), x(1, 2, 4, 8), LifetimeMask.window(4, 2)),
             {"impl": "sdpa", "return_lse": True},

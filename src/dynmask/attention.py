@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, overload
@@ -25,8 +26,8 @@ LIST_BYTES = 2**30
 """Key lists that the Triton kernels are given at a time; 4,096 rows at least."""
 
 DENSE_KEYS = 1024
-"""On a GPU, keys up to which SDPA with the mask written out beats our kernels and their lowering
-(``docs/performance.md``)."""
+"""On a GPU, keys up to which a single call of SDPA with the mask written out beats our kernels,
+whose launches cost the host more (``docs/performance.md``)."""
 
 MOST_DIM, MOST_ROWS = 256, 256
 """Head dims and rows of a tile that the Triton kernels know."""
@@ -101,7 +102,9 @@ def attention(
         ValueError: shapes, dtypes, devices or heads that disagree, before any work.
     """
     mask = check_inputs(query, key, value, mask_or_plan, bias, impl)
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+        raise ValueError(f"scale: expected a finite number or None, received {scale!r}")
+    factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if impl == "auto":
         impl = choose(query, mask, bias, return_lse, (key, value)).impl
     # Tensors are computed in the dtype they have: autocast would round single products only.
@@ -181,7 +184,10 @@ def choose(
     if not ops.has_triton():
         return Choice("cpu", "the triton package is not installed: pip install 'dynmask[triton]'")
     if bare is not None and bare.queries > 1 and bare.keys <= DENSE_KEYS:
-        return Choice("sdpa", f"{bare.keys} keys are no more than {DENSE_KEYS}: dense is faster")
+        reason = (
+            f"{bare.keys} keys are no more than {DENSE_KEYS}: launching costs more than it saves"
+        )
+        return Choice("sdpa", reason)
     return Choice("triton", "a sparse mask on a GPU")
 
 
@@ -378,6 +384,11 @@ def check_inputs(
     if mask.heads not in (1, g, h):
         raise ValueError(
             f"mask_or_plan: expected 1, {g} (kv) or {h} (query) heads, received {mask.heads}"
+        )
+    if bias is not None and not isinstance(bias, Tensor):
+        raise ValueError(
+            f"bias: expected a floating tensor [{b} or 1, 1 or {g} or {h}, {k}], received "
+            f"{type(bias).__name__}"
         )
     if bias is not None and (
         bias.dim() != 3
