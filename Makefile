@@ -11,6 +11,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 ARGS ?=
 GPU_ARGS ?=
 
@@ -35,10 +36,12 @@ help:
 env: $(ENVIRONMENT)
 
 # PyTorch comes first and alone: resolved together with the rest, pip may prefer another build of it.
+# Its GPU builds bring the triton they fit; where none came, take the one the kernels were measured with.
 $(VENV)/.dynmask-installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "dynmask needs Python 3.11 or later, $(PYTHON) is %d.%d: run make PYTHON=python3.11" % v[:2])'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)/bin/python -m pip show --quiet triton 2>/dev/null || $(VENV)/bin/python -m pip install --quiet $(TRITON)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 

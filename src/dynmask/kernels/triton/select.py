@@ -36,7 +36,8 @@ def _table_kernel(
     inside = place < n
     position = tl.load(order + row * n + place, mask=inside, other=0).to(tl.int32)
     tl.store(rank + row * n + position, place, mask=inside)
-    count = tl.cumsum(tl.histogram(position // CHUNK, BINS, mask=inside), 0)
+    count = tl.cumsum(tl.histogram(position // CHUNK, BINS), 0)
+    count -= tl.sum((inside == 0).to(tl.int32), 0)  # places past the end were counted as key 0
     at = tl.arange(0, BINS)
     tl.store(table + (row * buckets + bucket) * chunks + at, count, mask=at < chunks)
 
@@ -58,7 +59,7 @@ def _boundary_kernel(
     want = width - tl.sum(tl.where(at > bucket, count, 0), 0)  # the want-th best of the bucket
     stop = tl.minimum((chunk + 1) * CHUNK, n)
     place = bucket * BUCKET + tl.arange(0, BUCKET)
-    ok = (place < n) & (bucket >= 0)
+    ok = (place >= 0) & (place < n)  # of bucket -1 all places are negative
     position = tl.load(order + row * n + place, mask=ok, other=n)
     present = (position < stop).to(tl.int32)
     hit = (present == 1) & (tl.cumsum(present, 0, reverse=True) == want)
