@@ -167,7 +167,7 @@ def alive_lists(
 
 @triton.jit
 def _block_kernel(
-    chosen, index, count, first_block, keys, key_blocks, cap,
+    chosen, index, first_block, keys, key_blocks, cap,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Numbers of the chosen blocks of the past and of the own ones, ascending, then -1."""
@@ -206,7 +206,7 @@ def block_lists(
     b, heads, blocks, key_blocks = chosen.shape
     index = torch.empty(b, heads, blocks, cap, dtype=torch.int32, device=chosen.device)
     _block_kernel[(blocks, b * heads)](
-        chosen.contiguous().view(torch.uint8), index, index, first_block, keys, key_blocks, cap,
+        chosen.contiguous().view(torch.uint8), index, first_block, keys, key_blocks, cap,
         BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK=min(1024, next_power_of_2(key_blocks)),
         num_warps=4,
     )  # fmt: skip
@@ -215,7 +215,7 @@ def block_lists(
 
 @triton.jit
 def _block_plan_kernel(
-    numbers, index, full, count, position, rows, block_batch, block_head, query_blocks, first_block,
+    numbers, index, full, count, position, rows, block_batch, block_head, first_block,
     each, cap, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """First keys of a tile's blocks; blocks wholly in the past are the first of the list."""
@@ -259,14 +259,14 @@ def block_plan(
     Returns:
         index: int32 [heads, t, n], first key of each entry; full and count: int32 [heads, t].
     """
-    heads, query_blocks, cap = blocks.shape[1:]
+    heads, _, cap = blocks.shape[1:]
     t = position.shape[0]
     blocks = blocks if blocks.stride(-1) == 1 and blocks.stride(-2) == cap else blocks.contiguous()
     index = torch.empty(heads, t, cap, dtype=torch.int32, device=blocks.device)
     full, count = (index.new_empty(heads, t) for _ in range(2))
     _block_plan_kernel[(t, heads)](
         blocks, index, full, count, position, rows, blocks.stride(0), blocks.stride(1),
-        query_blocks, first_block, t // batch, cap, BLOCK_Q=block_q, BLOCK_K=block_k,
+        first_block, t // batch, cap, BLOCK_Q=block_q, BLOCK_K=block_k,
         BLOCK=min(1024, next_power_of_2(max(cap, 1))), num_warps=4,
     )  # fmt: skip
     return index, full, count
