@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import multiprocessing
+import os
 import queue
 import random
 import re
@@ -554,10 +555,13 @@ class OwnForm:
 class Author:
     """Write documents of a given number of tokens, with a loss class for every token."""
 
-    def __init__(self, corpus: Corpus, facts: float = 0.25, own: float = 0.0) -> None:
+    def __init__(
+        self, corpus: Corpus, facts: float = 0.25, own: float = 0.0, most: int = 10**9
+    ) -> None:
         self.corpus = corpus
         self.share = facts
         self.own = own
+        self.most = most  # facts in a text
         self.encode = Encoder(corpus.tokenizer)
         self.words = Words(corpus.words)
         self.ids: list[int] = []
@@ -652,6 +656,7 @@ class Author:
             make = form.value
         size = goal - len(self.ids)
         count = max(2, int(2 ** rng.uniform(1, np.log2(max(size / 60, 2.5)))))
+        count = min(count, self.most)
         known = [(next(keys), make(), index) for index in range(1, count + 1)]
         lines = [self.encode(form.record(*fact) + "\n") for fact in known]
         spent = sum(map(len, lines))
@@ -766,8 +771,14 @@ class Batches:
 
     def _work(self, author: Author, seed: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        parent = os.getppid()
         while True:
-            slot, step, length = self.wanted.get()
+            try:
+                slot, step, length = self.wanted.get(timeout=5)
+            except queue.Empty:
+                if os.getppid() != parent:  # it was killed
+                    return
+                continue
             for row in range(self.ids.shape[1] // length):
                 rng = stream("train", seed, step, row)
                 ids, classes = author.sequence(rng, length)

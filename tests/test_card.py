@@ -318,8 +318,8 @@ def swap_offsets(table: dict, header: dict) -> None:
     [
         (lambda t, h: h.update(schema=2), "expected schema 1, received schema 2.*dynmask that"),
         (lambda t, h: h.update(schema=True), "expected schema 1, received schema True"),
-        (lambda t, h: h.update(policy="magic"), "a policy among dam, received magic"),
-        (lambda t, h: h.update(policy=["dam"]), "a policy among dam, received"),
+        (lambda t, h: h.update(policy="magic"), "a policy among dam, retained, received magic"),
+        (lambda t, h: h.update(policy=["dam"]), "a policy among dam, retained, received"),
         (
             lambda t, h: t["layers.0.true_mask"].update(shape=[10**4000] * 3),
             "positive whole numbers",

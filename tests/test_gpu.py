@@ -13,7 +13,9 @@ from dynmask import (
     attention,
     spans_left_padded,
     spans_packed,
+    spans_right_padded,
 )
+from dynmask.attention import choose
 from dynmask.kernels.reference import reference_attention
 from dynmask.masks.base import repeat_heads
 from tests.policies import POLICIES
@@ -270,13 +272,41 @@ def test_nothing_waits_for_the_device(queries):
         mask = LifetimeMask.top_w(scores, 99, queries)
         return attention(*args, mask, bias, return_lse=True)
 
+    out, lse = without_waiting(run)
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+def without_waiting(run):
+    """The result of a call during which PyTorch refuses to wait for the device."""
     run()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out, lse = run()
+        return run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert out.isfinite().all() and lse.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["united", "limited", "structural", "causal and windowed"])
+def test_masks_of_several_parts_are_lowered_without_waiting(kind):
+    query, key, value = tensors(700, 700, torch.bfloat16)
+    scores = torch.randn(B, GROUPS, 700, device="cuda")
+    chosen = torch.rand(B, GROUPS, 11, 11, device="cuda") < 0.2
+    index = torch.tensor([0, 1, 2, 9, 80], dtype=torch.int32, device="cuda").expand(B, GROUPS, -1)
+    pattern = StructuralMask(index, index, 700, bands=3, checked=True)
+    window = LifetimeMask.window(700, 90, device="cuda")
+    parts = (LifetimeMask.causal(700, device="cuda"), window)
+    placed = PlacedMask(parts, spans_right_padded([700, 700], 700), B, 700, 700)
+    made = {
+        "united": lambda: (
+            LifetimeMask.top_w(scores, 9) | BlockMask.from_scores(chosen, 64, 64, 700)
+        ),
+        "limited": lambda: pattern & window,
+        "structural": lambda: pattern,
+        "causal and windowed": lambda: placed,
+    }[kind]
+    out = without_waiting(lambda: attention(query, key, value, made(), impl="triton"))
+    truth = attention(query, key, value, made(), impl="reference")
+    torch.testing.assert_close(out, truth, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
@@ -306,3 +336,81 @@ def test_the_reference_model_answers_alike_on_the_gpu(impl):
         with dynmask.sparsify(model, dynmask.policies.Causal(), impl=impl):
             ours = model(ids).logits
     torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
+
+
+# Gradients
+
+
+def gradients(impl, args, mask, bias, slope, deterministic=None):
+    leaves = [x.detach().clone().requires_grad_() for x in (*args, bias) if x is not None]
+    out = attention(*leaves[:3], mask, *leaves[3:], impl=impl, deterministic=deterministic)
+    return torch.autograd.grad(out, leaves, slope.to(out.dtype))
+
+
+def check_gradients(args, mask, bias=None, deterministic=None):
+    """Against float64 on the same rounded inputs; weights and their slopes are rounded too."""
+    dtype = args[0].dtype
+    g = torch.Generator("cuda").manual_seed(3)
+    shape = (*args[0].shape[:3], args[2].shape[-1])
+    slope = torch.randn(shape, generator=g, device="cuda").to(dtype)
+    wide = [x.double() for x in args]
+    more = None if bias is None else bias.double()
+    truth = gradients("reference", wide, mask, more, slope)
+    ours = gradients("triton", args, mask, bias, slope, deterministic)
+    for mine, exact in zip(ours, truth, strict=True):
+        eps = max(torch.finfo(dtype).eps, 1e-5)
+        assert mine.isfinite().all()
+        assert (mine.double() - exact).norm() <= 2 * eps * exact.norm() + 1e-6
+    return ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "size"), CASES)
+def test_gradients_are_the_references(kind, size, dtype):
+    mask = mask_of(kind, *size)
+    check_gradients(tensors(*size, dtype), mask)
+    query, key, value = tensors(*size, dtype)
+    chosen = choose(query.requires_grad_(), mask, None, False, (key, value)).impl
+    assert chosen == "triton" or kind == "causal"
+
+
+@pytest.mark.parametrize("size", [(333, 333), (1000, 1)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_head_dims_groups_and_biases(shape, size):
+    """The bias is float32 beside any dtype, and so is its gradient; NaN in what no row reads."""
+    dim, heads, groups, dtype = shape
+    query, key, value = tensors(*size, dtype, heads, groups, dim)
+    mask = mask_of("top_w", *size, groups=groups)
+    poison(mask, key, value)
+    for bias_heads in {1, groups, heads}:
+        bias = torch.randn(B, bias_heads, size[0], device="cuda")
+        assert check_gradients((query, key, value), mask, bias)[3].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["top_w", "structural", "block", "left_padded"])
+def test_deterministic_gradients_are_the_same_bits(kind):
+    args, mask = tensors(333, 333, torch.bfloat16), mask_of(kind, 333, 333)
+    bias = torch.randn(B, HEADS, 333, device="cuda")
+    first, second = (check_gradients(args, mask, bias, True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["causal", "top_w", "window"])
+def test_gradients_of_many_rows(kind):
+    """Several tiles of the kernel that holds keys, and chunks that skip rows."""
+    args, mask = tensors(3000, 2900, torch.bfloat16), mask_of(kind, 3000, 2900)
+    check_gradients(args, mask)
+
+
+def test_training_memory_follows_the_tensors():
+    """No N x N: 32,768 tokens need a few copies of the tensors."""
+    n = 32768
+    leaves = [
+        torch.randn(1, h, n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for h in (8, 2, 2)
+    ]
+    mask = LifetimeMask.window(n, 256, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention(*leaves, mask).float().square().sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 16 * sum(2 * x.numel() for x in leaves)

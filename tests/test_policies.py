@@ -128,7 +128,8 @@ def test_parse():
     assert parse("streaming:sinks=4,window=9") == Streaming(4, 9)
     assert parse("pooled:top_p=0.5") == Pooled(top_p=0.5)
     assert parse("full").name == "full"
-    assert set(NAMES) == {"full", "streaming", "vertical_slash", "pooled", "dam"}
+    fixed = {"full", "streaming", "vertical_slash", "pooled", "h2o", "snapkv"}
+    assert set(NAMES) == fixed | {"dam", "retained"}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import policies
+from . import nn, policies
 from .attention import attention
 
 # Not on first use: importing a submodule later would put the module in the function's place.
@@ -28,14 +28,18 @@ from .masks import (
     spans_right_padded,
 )
 from .plan import Plan
+from .retrofit import RetainedSettings
 
 if TYPE_CHECKING:
+    from .integrations.cache import BoundedCache
+    from .integrations.convert import convert, load_converted, revert
     from .integrations.transformers import sparsify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockMask",
+    "BoundedCache",
     "DamSettings",
     "Explanation",
     "LifetimeMask",
@@ -43,12 +47,17 @@ __all__ = [
     "MaskCard",
     "PlacedMask",
     "Plan",
+    "RetainedSettings",
     "Span",
     "StructuralMask",
     "attention",
     "calibrate",
+    "convert",
     "explain",
+    "load_converted",
+    "nn",
     "policies",
+    "revert",
     "spans_left_padded",
     "spans_packed",
     "spans_right_padded",
@@ -56,6 +65,10 @@ __all__ = [
 ]
 
 _LATER = {
+    "BoundedCache": ".integrations.cache",
+    "convert": ".integrations.convert",
+    "load_converted": ".integrations.convert",
+    "revert": ".integrations.convert",
     "sparsify": ".integrations.transformers",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, overload
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .kernels import ops
+from .kernels.autograd import Attend, Work
 from .kernels.cpu import cpu_attention
 from .kernels.reference import reference_attention
 from .masks.base import Mask, repeat_heads
@@ -48,6 +50,7 @@ def attention(
     scale: float | None = None,
     return_lse: Literal[False] = False,
     impl: str = "auto",
+    deterministic: bool | None = None,
 ) -> Tensor: ...
 @overload
 def attention(
@@ -60,6 +63,7 @@ def attention(
     *,
     return_lse: Literal[True],
     impl: str = "auto",
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def attention(
     query: Tensor,
@@ -70,12 +74,16 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     impl: str = "auto",
+    deterministic: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention over the pairs that a mask lets through.
 
     Queries are the last q positions of the keys (bottom-right aligned), so prefill, chunked
     prefill and decoding are one case. Rows that see no key give 0. Keys that no row reads may hold
     anything; the values of the others must be finite, for 0 times NaN is NaN.
+
+    Differentiable in query, key, value and bias; by the kernels "triton" and "cpu" once. They keep
+    the tensors, the mask and one number a row for backward, which computes the same pairs again.
 
     Args:
         query: [b, h, q, d]; float16, bfloat16, float32 or float64.
@@ -88,12 +96,14 @@ def attention(
         return_lse: also return the log-sum-exp of each row's visible logits, float32 (float64
             for float64 inputs) [b, h, q], -inf for rows that see no key. Outputs over disjoint
             sets of keys are merged by it.
-        impl: "triton" is the GPU's kernels (forward only; on the CPU they run under
-            ``TRITON_INTERPRET=1``); "cpu" gathers what the plan lists (tensor operations, any
-            device, differentiable); "reference" is the dense oracle, a range of rows at a time;
-            "sdpa" is PyTorch's fused attention with the mask written out, for masks without bias
-            or lse. "auto" chooses among them, always for the same pairs: see
-            :func:`dynmask.explain`.
+        impl: "triton" is the GPU's kernels (on the CPU they run under ``TRITON_INTERPRET=1``);
+            "cpu" gathers what the plan lists (tensor operations, any device); "reference" is the
+            dense oracle, a range of rows at a time; "sdpa" is PyTorch's fused attention with the
+            mask written out, for masks without bias or lse. "auto" chooses among them, always for
+            the same pairs: see :func:`dynmask.explain`.
+        deterministic: gradients of the Triton kernels are the same bits in every run; slower,
+            more launches. As ``torch.use_deterministic_algorithms`` says when None. The results
+            of a forward always are, and so are the gradients of the other kernels but "sdpa".
 
     Returns:
         out [b, h, q, dv] in the dtype of ``query``, and lse when asked for.
@@ -107,21 +117,47 @@ def attention(
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if impl == "auto":
         impl = choose(query, mask, bias, return_lse, (key, value)).impl
+    if impl == "triton":
+        _check_triton(query, value, mask)
+    if deterministic is None:
+        deterministic = bool(torch.are_deterministic_algorithms_enabled())
     # Tensors are computed in the dtype they have: autocast would round single products only.
     with torch.autocast(query.device.type, enabled=False):
         if impl == "sdpa":
             return _sdpa(query, key, value, mask, bias, factor, return_lse)
+        if impl != "reference" and _wants_grad(query, key, value, bias):
+            work = _work(query, mask, factor, impl, deterministic)
+            out, lse = Attend.apply(query, key, value, bias, work)
+            return (out, lse) if return_lse else out
         if impl == "triton":
-            return _triton(query, key, value, mask, bias, factor, return_lse)
-        return _by_ranges(query, key, value, mask, bias, factor, return_lse, impl)
+            return _triton(query, key, value, bias, mask, factor, return_lse)
+        return _by_ranges(query, key, value, bias, mask, factor, return_lse, impl)
+
+
+def _work(query: Tensor, mask: Mask | Plan, factor: float, impl: str, deterministic: bool) -> Work:
+    """Forward and backward of a call that autograd records."""
+    holes = isinstance(mask, Plan | PlacedMask)
+    if impl == "cpu":
+        forward = partial(_by_ranges, mask=mask, factor=factor, return_lse=True, impl=impl)
+        plans = partial(_cpu_plans, mask, query.shape[2])
+        return Work(forward, plans, None, False, mask.heads, holes, factor)
+    members = query.shape[1] // max(mask.heads, 1)
+    plans = partial(_triton_plans, mask, members, deterministic)
+    key_plans = None
+    if isinstance(mask, Mask):
+        tile = mask.backward_tile(members)
+        if tile != mask.preferred_tile(fused=True, members=members):
+            key_plans = partial(plans, tile)
+    forward = partial(_triton, mask=mask, factor=factor, return_lse=True)
+    return Work(forward, plans, key_plans, True, mask.heads, holes, factor)
 
 
 def _by_ranges(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Mask | Plan,
     bias: Tensor | None,
+    mask: Mask | Plan,
     factor: float,
     return_lse: bool,
     impl: str,
@@ -129,7 +165,7 @@ def _by_ranges(
     """Lower and compute a range of query rows at a time."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(*query.shape[:3], value.shape[-1])
-    lse = None
+    lse: Tensor | None = None
     if return_lse:
         lse = torch.full(query.shape[:3], float("-inf"), dtype=dtype, device=query.device)
     if bias is not None:
@@ -173,8 +209,6 @@ def choose(
         return Choice("sdpa", "the mask is plain causal by construction")
     if not on_gpu:
         return Choice("cpu", "the tensors are on the CPU")
-    if _wants_grad(query, *others, bias):
-        return Choice("cpu", "gradients are asked for, which the Triton kernels do not have yet")
     if query.dtype not in TRITON_DTYPES:
         return Choice("cpu", f"the Triton kernels do not compute in {query.dtype}")
     if max(x.shape[-1] for x in (query, *others)) > MOST_DIM:
@@ -183,7 +217,9 @@ def choose(
         return Choice("cpu", f"the Triton kernels know tiles of up to {MOST_ROWS} rows")
     if not ops.has_triton():
         return Choice("cpu", "the triton package is not installed: pip install 'dynmask[triton]'")
-    if bare is not None and bare.queries > 1 and bare.keys <= DENSE_KEYS:
+    # a row that sees no key gives 0, but SDPA's gradient of it is NaN: not where they are wanted
+    short = bare is not None and bare.queries > 1 and bare.keys <= DENSE_KEYS
+    if bare is not None and short and not _wants_grad(query, *others, bias):
         reason = (
             f"{bare.keys} keys are no more than {DENSE_KEYS}: launching costs more than it saves"
         )
@@ -200,13 +236,12 @@ def _triton(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Mask | Plan,
     bias: Tensor | None,
-    scale: float,
+    mask: Mask | Plan,
+    factor: float,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Lower and compute by the Triton kernels, as many rows at a time as ``LIST_BYTES`` hold."""
-    _check_triton(query, key, value, mask, bias)
     shape = (*query.shape[:3], value.shape[-1])
     # a plan and placed sequences may leave rows out, every other mask has a tile for each row
     holes = isinstance(mask, Plan | PlacedMask)
@@ -214,23 +249,49 @@ def _triton(
     lse = None
     if return_lse:
         lse = torch.full(shape[:3], float("-inf"), dtype=torch.float32, device=query.device)
-    for plan in _plans(query, mask):
+    for plan in _plans(mask, query.shape[1] // max(mask.heads, 1)):
         ops.attend(
             query, key, value, bias, plan.index, plan.full, plan.count, plan.batch, plan.row,
             plan.rows, plan.position, plan.death, plan.bits, plan.tile, plan.block, plan.even,
-            scale, out, lse,
+            factor, out, lse,
         )  # fmt: skip
     return out if lse is None else (out, lse)
 
 
-def _plans(query: Tensor, mask: Mask | Plan) -> Iterator[Plan]:
-    """The plans of a call, one range of rows after the other."""
+def _cpu_plans(mask: Mask | Plan, queries: int) -> Iterator[tuple[Plan, int]]:
+    """The plans of a call of the CPU kernel, as backward takes them."""
+    for rows in _ranges(mask, queries, ROWS_AT_A_TIME):
+        yield mask if isinstance(mask, Plan) else mask.lower(rows), 0
+
+
+def _triton_plans(
+    mask: Mask | Plan, members: int, deterministic: bool, tile: int | None = None
+) -> Iterator[tuple[Plan, int]]:
+    """The plans of a call of the Triton kernels, as backward takes them.
+
+    Tiles of one batch row may share keys; a mask's own plans have as many for each batch row.
+    """
+    alike = not isinstance(mask, Plan | PlacedMask)
+    for plan in _plans(mask, members, tile):
+        launches = plan.tiles // plan.shape[0] if alike else plan.tiles
+        yield plan, launches if deterministic else 0
+
+
+def _plans(mask: Mask | Plan, members: int, tile: int | None = None) -> Iterator[Plan]:
+    """The plans of a call of the Triton kernels, one range of rows after the other.
+
+    Args:
+        mask: what is visible.
+        members: query heads that share a list.
+        tile: rows of a tile; what the forward prefers when None.
+    """
     if isinstance(mask, Plan):
         if mask.tiles:
             yield mask
         return
-    members = query.shape[1] // max(mask.heads, 1)
-    tile = min(mask.preferred_tile(fused=True, members=members), mask.queries)
+    if tile is None:
+        tile = mask.preferred_tile(fused=True, members=members)
+    tile = min(tile, mask.queries)
     row = 4 * mask.list_words(tile) * mask.heads * mask.batch // tile
     most = max(LIST_BYTES // max(row, 1), ROWS_AT_A_TIME)
     cuts = {x - mask.offset for x in mask.cuts()}
@@ -242,9 +303,7 @@ def _plans(query: Tensor, mask: Mask | Plan) -> Iterator[Plan]:
                 yield plan
 
 
-def _check_triton(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask | Plan, bias: Tensor | None
-) -> None:
+def _check_triton(query: Tensor, value: Tensor, mask: Mask | Plan) -> None:
     """Raise ValueError where the Triton kernels cannot run a call that asked for them."""
     if not ops.has_triton():
         raise ValueError(
@@ -270,11 +329,6 @@ def _check_triton(
         raise ValueError(
             f'impl="triton": expected head dims up to {MOST_DIM}, received {query.shape[-1]} and '
             f'{value.shape[-1]}; use impl="cpu"'
-        )
-    if _wants_grad(query, key, value, bias):
-        raise ValueError(
-            'impl="triton": expected tensors without gradients, received one that requires them; '
-            'use impl="cpu" or torch.no_grad()'
         )
 
 

@@ -1,22 +1,27 @@
 """Calibration: a frozen model and some documents in, a MaskCard out.
 
 DAM stage 1 (arXiv 2506.11104): average the attention maps over documents, amplify, threshold to a
-true mask, and keep the diagonals and verticals that the true mask fills.
+true mask, and keep the diagonals and verticals that the true mask fills. Score heads for the policy
+"retained" are trained in ``dynmask.retrofit``.
 """
 
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dynmask.amplify import AMPLIFIERS, amplify
 from dynmask.card import SCHEMA, MaskCard, describe_model, pack_bits
+
+if TYPE_CHECKING:
+    from dynmask.retrofit import RetainedSettings
 
 _IMPLEMENTATION = "dynmask_capture"
 
@@ -79,9 +84,10 @@ def calibrate(
     documents: Sequence[Tensor],
     *,
     policy: str = "dam",
-    settings: DamSettings | None = None,
+    settings: "DamSettings | RetainedSettings | None" = None,
     seed: int = 0,
     batch: int = 1,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> MaskCard:
     """Learn a model's masks from its own attention; the model stays as it is.
@@ -89,14 +95,17 @@ def calibrate(
     Args:
         model: any causal language model of transformers whose attention goes through its attention
             interface, on any device, in any dtype. Maps are computed in float32.
-        documents: token ids, each a 1-D integer tensor of at least `settings.length`.
-        policy: what to calibrate: "dam".
-        settings: see `DamSettings`.
+        documents: token ids, each a 1-D integer tensor of at least `settings.length`
+            (`min(settings.lengths)` for "retained").
+        policy: what to calibrate: "dam" averages attention maps, "retained" trains score heads;
+            the rest of this text is about "dam", see `dynmask.retrofit.retrofit` for the other.
+        settings: see `DamSettings` and `RetainedSettings`.
         seed: chooses the window of `settings.length` tokens taken from a longer document (a
             beginning-of-sequence token stays in front). The same model, documents, settings, seed
             and batch give the same card on the same device.
         batch: how many documents run at once. One map of one layer and one document is held at a
             time whatever it is, beside one sum of [h, L, L] float32 for every layer.
+        checkpoint: only for "retained": the file that an interrupted training goes on from.
         progress: show a progress bar.
 
     Returns:
@@ -113,9 +122,24 @@ def calibrate(
 
     An exception or Ctrl-C leaves the model as it was, and nothing is written anywhere.
     """
-    if policy != "dam":
-        raise _bad("policy", "'dam'", repr(policy), "Other policies need no calibration.")
-    settings = settings or DamSettings()
+    if policy not in ("dam", "retained"):
+        raise _bad(
+            "policy", "'dam' or 'retained'", repr(policy), "Other policies need no calibration."
+        )
+    from dynmask.retrofit import RetainedSettings, retrofit
+
+    if policy == "retained":
+        settings = RetainedSettings() if settings is None else settings
+        if not isinstance(settings, RetainedSettings):
+            raise _wrong_settings("RetainedSettings", policy, settings)
+        return retrofit(
+            model, documents, settings, seed=seed, checkpoint=checkpoint, progress=progress
+        )
+    if checkpoint is not None:
+        raise _bad("checkpoint", "none for policy 'dam'", repr(checkpoint), "Leave it out.")
+    settings = DamSettings() if settings is None else settings
+    if not isinstance(settings, DamSettings):
+        raise _wrong_settings("DamSettings", policy, settings)
     if type(batch) is not int or batch < 1:
         raise _bad("batch", "a whole number of at least 1", repr(batch))
     windows = _windows(model, documents, settings.length, seed)
@@ -131,7 +155,7 @@ def calibrate(
         "settings": asdict(settings),
         "model": description,
         "data": {
-            "sha256": _token_digest(windows),
+            "sha256": token_digest(windows.unbind()),
             "documents": len(windows),
             "tokens": windows.numel(),
             "seed": seed,
@@ -139,6 +163,10 @@ def calibrate(
         **figures,
     }
     return MaskCard(header, tensors)
+
+
+def _wrong_settings(expected: str, policy: str, received: object) -> ValueError:
+    return _bad("settings", f"{expected} for policy {policy!r}", type(received).__name__)
 
 
 def mean_attention(
@@ -378,11 +406,7 @@ def _windows(model: nn.Module, documents: Sequence[Tensor], length: int, seed: i
     """One window of every document, int64 [n, L] on the CPU; every check happens here."""
     if len(documents) == 0:
         raise _bad("documents", "at least one", "an empty set", "Pass token ids to calibrate on.")
-    config: Any = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    vocabulary = getattr(config, "vocab_size", None)
-    positions = getattr(config, "max_position_embeddings", None)
+    vocabulary, positions, bos = vocabulary_of(model)
     if positions is not None and length > positions:
         raise _bad(
             "settings.length",
@@ -391,13 +415,25 @@ def _windows(model: nn.Module, documents: Sequence[Tensor], length: int, seed: i
             f"Pass DamSettings(length={positions}) or less.",
         )
     for index, document in enumerate(documents):
-        _check_document(index, document, length, vocabulary)
+        check_document(index, document, length, vocabulary)
     generator = torch.Generator().manual_seed(seed)
-    bos = getattr(config, "bos_token_id", None)
     return torch.stack([_window(d.cpu().long(), length, bos, generator) for d in documents])
 
 
-def _check_document(index: int, document: Any, length: int, vocabulary: int | None) -> None:
+def vocabulary_of(model: nn.Module) -> tuple[int | None, int | None, int | None]:
+    """Size of a model's vocabulary, its positions and its first token; None where not known."""
+    config: Any = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    names = ("vocab_size", "max_position_embeddings", "bos_token_id")
+    vocabulary, positions, bos = (getattr(config, name, None) for name in names)
+    return vocabulary, positions, bos
+
+
+def check_document(
+    index: int, document: Any, length: int, vocabulary: int | None, setting: str = "length"
+) -> None:
+    """Raise ValueError unless a document is token ids, at least ``length`` of them."""
     name = f"documents[{index}]"
     if not isinstance(document, Tensor) or document.dim() != 1:
         shape = list(document.shape) if isinstance(document, Tensor) else type(document).__name__
@@ -407,9 +443,9 @@ def _check_document(index: int, document: Any, length: int, vocabulary: int | No
     if len(document) < length:
         raise _bad(
             name,
-            f"at least {length} tokens (settings.length)",
+            f"at least {length} tokens (settings.{setting})",
             len(document),
-            "Leave it out, join short documents, or lower DamSettings(length=...).",
+            f"Leave it out, join short documents, or lower settings.{setting}.",
         )
     low, high = int(document.min()), int(document.max())
     if low < 0 or (vocabulary is not None and high >= vocabulary):
@@ -458,10 +494,11 @@ def _kept_mass(mean: Tensor, mask: Tensor) -> list[float]:
     return (kept / total).mean(-1).clamp(0, 1).tolist()
 
 
-def _token_digest(windows: Tensor) -> str:
+def token_digest(documents: Iterable[Tensor]) -> str:
+    """SHA-256 of token ids, one document after the other, each id as 8 bytes."""
     digest = hashlib.sha256()
-    for window in windows.tolist():
-        digest.update(b"".join(token.to_bytes(8, "little") for token in window))
+    for document in documents:
+        digest.update(document.cpu().long().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
 

@@ -4,12 +4,15 @@
 
     schema     1
     version    the dynmask that wrote it
-    policy     "dam"
-    settings   what the policy was calibrated with
+    policy     "dam" or "retained"
+    settings   what the policy was calibrated with; `length` is what the figures are of
     model      fingerprint, architecture, layers, heads, kv_heads, head_dim
     data       sha256 of the token ids, documents, tokens, seed
-    density, kept_mass              [layers][heads], of the pattern that long sequences get
-    true_density, true_kept_mass    [layers][heads], of the true mask of the first L positions
+    density, kept_mass              [layers][heads], of the mask that long sequences get
+    true_density, true_kept_mass    [layers][heads], dam: of the true mask of the first L positions
+    windows                         [layers], retained: the model's own sliding window, or null
+    curve                           retained: `widths`, and `mass` [layers][kv_heads][widths], the
+                                    share of attention that so many keys capture
 
 plus a SHA-256 of the header and one of the tensors, which are checked and dropped when loading.
 Loading reads bytes and numbers only; it never executes anything, and whatever is wrong with a file
@@ -17,6 +20,7 @@ is a `ValueError` before the first tensor is used.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -30,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from dynmask.policies import Dam
+    from dynmask.policies import Dam, Retained
 
 FILE_NAME = "mask_card.safetensors"
 SCHEMA = 1
@@ -38,9 +42,9 @@ SCHEMA = 1
 _METADATA_KEY = "dynmask"
 _MAX_JSON_BYTES = 16 * 2**20
 _MAX_DIMENSIONS = 8
-_DTYPES = {"I32": torch.int32, "U8": torch.uint8}
+_MAX_HIDDEN = 2**16
+_DTYPES = {"I32": torch.int32, "U8": torch.uint8, "F32": torch.float32}
 _MODEL_FIELDS = ("layers", "heads", "kv_heads", "head_dim")
-_HEAD_FIGURES = ("density", "kept_mass", "true_density", "true_kept_mass")
 _SAMPLES_PER_PARAMETER = 16
 _GET_ANOTHER = "Fetch the card again, or calibrate the model again with dynmask.calibrate."
 
@@ -50,11 +54,13 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MaskCard:
-    """Masks of one model as index sets, with where they come from and what they keep.
+    """What masks of one model need, with where it comes from and what they keep.
 
     `tensors` of a DAM card, for every layer i: `layers.{i}.diagonals` int32 [h, D] and
     `layers.{i}.verticals` int32 [h, V], sorted, padded with -1 at the end;
     `layers.{i}.true_mask` uint8 [h, L, ceil(L / 8)], bit-packed along keys, lowest bit first.
+    Of a retained card: `layers.{i}.{name}` float32, the parameters of the layer's score module, for
+    every layer without a sliding window of its own.
 
     Raises ValueError if header and tensors do not form a valid card.
     """
@@ -80,16 +86,22 @@ class MaskCard:
 
     @property
     def density(self) -> list[list[float]]:
-        """[layers][heads]: kept pairs over causal pairs, of the pattern applied to L positions."""
+        """[layers][heads]: kept pairs over causal pairs, of the mask of L positions."""
         return self.header["density"]
 
     @property
     def kept_mass(self) -> list[list[float]]:
-        """[layers][heads]: mean share of a row's attention which that pattern keeps."""
+        """[layers][heads]: mean share of a row's attention which that mask keeps."""
         return self.header["kept_mass"]
 
     def patterns(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Diagonals int32 [h, D], verticals int32 [h, V], true mask bool [h, L, L] of a layer."""
+        _require(
+            self.header["policy"] == "dam",
+            "a card of policy 'dam', which has patterns",
+            f"one of {self.header['policy']!r}, whose masks depend on the input",
+            "Look at its masks on a prompt: dynmask inspect --model MODEL --policy retained:CARD.",
+        )
         if not 0 <= layer < self.layers:
             raise ValueError(f"layer: expected 0 to {self.layers - 1}, received {layer}.")
         packed = self.tensors[f"layers.{layer}.true_mask"]
@@ -97,11 +109,17 @@ class MaskCard:
         verticals = self.tensors[f"layers.{layer}.verticals"]
         return diagonals, verticals, unpack_bits(packed, self.length)
 
-    def policy(self) -> "Dam":
-        """The policy that applies this card; give it to `sparsify`."""
-        from dynmask.policies import Dam
+    def policy(self, **options: Any) -> Any:
+        """The policy that applies this card, a `Dam` or a `Retained`; give it to `sparsify`.
 
-        return Dam(self)
+        Options of a retained card: `width`, keys that a query reads (the card's own when left
+        out), and `budget`, "even" (the default: the same width for every head) or "per_head"
+        (widths whose mean is `width`, chosen by how much attention mass each head captures with
+        more keys). A DAM card takes `share_group`.
+
+        Raises ValueError for an unknown option or a width that does not fit.
+        """
+        return _POLICIES[self.header["policy"]].policy(self, **options)
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless this card was made from `model` (same shape, same weights)."""
@@ -122,10 +140,10 @@ class MaskCard:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE_NAME
-        _write_atomically(path, self._to_bytes())
+        write_atomically(path, self._to_bytes())
         readme = folder / "README.md"
         if not readme.exists():
-            _write_atomically(readme, self._summary().encode())
+            write_atomically(readme, self._summary().encode())
         return path
 
     @classmethod
@@ -450,8 +468,10 @@ def _check_header(header: dict[str, Any]) -> None:
     _require(isinstance(data.get("sha256"), str), "a hash in data.sha256", data.get("sha256"))
     length = settings.get("length")
     _require(_is_int(length, 2), "settings.length of at least 2", length)
-    for name in _HEAD_FIGURES:
+    kind = _POLICIES[header["policy"]]
+    for name in kind.figures:
         _check_figures(name, header.get(name), model["layers"], model["heads"])
+    kind.check_header(header)
 
 
 def _section(header: dict[str, Any], name: str) -> dict[str, Any]:
@@ -503,6 +523,20 @@ def _check_values(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 class _DamTensors:
     """What the tensors of a DAM card must look like."""
 
+    figures = ("density", "kept_mass", "true_density", "true_kept_mass")
+
+    @staticmethod
+    def policy(card: MaskCard, **options: Any) -> "Dam":
+        """The policy of a card."""
+        from dynmask.policies import Dam
+
+        _check_options(options, ("share_group",))
+        return Dam(card, **options)
+
+    @staticmethod
+    def check_header(header: dict[str, Any]) -> None:
+        """Nothing beyond what every card has."""
+
     @staticmethod
     def layout(header: dict[str, Any]) -> Layout:
         """Every tensor; a negative size -n stands for anything from 1 to n."""
@@ -540,7 +574,96 @@ def _check_offsets(name: str, offsets: Tensor, length: int) -> None:
     _require(bool(ordered.all()), f"{name} sorted, without repeats, padding last", "another order")
 
 
-_POLICIES: dict[str, type[_DamTensors]] = {"dam": _DamTensors}
+class _RetainedTensors:
+    """What the tensors of a retained card must look like: parameters of score modules."""
+
+    figures = ("density", "kept_mass")
+
+    @staticmethod
+    def policy(card: MaskCard, **options: Any) -> "Retained":
+        """The policy of a card."""
+        from dynmask.policies.retained import from_card
+
+        _check_options(options, ("width", "budget"))
+        return from_card(card, **options)
+
+    @staticmethod
+    def check_header(header: dict[str, Any]) -> None:
+        """Settings that the policy is built from, windows and curve."""
+        settings, model, length = header["settings"], header["model"], header["settings"]["length"]
+        head = settings.get("head")
+        _require(head in ("pair", "value"), "settings.head 'pair' or 'value'", str(head)[:80])
+        for name, least in {"hidden": 1, "width": 1, "window": 0, "sinks": 0}.items():
+            most = _MAX_HIDDEN if name == "hidden" else 2**31 - 1
+            value = settings.get(name)
+            _require(
+                _is_int(value, least) and value <= most,
+                f"settings.{name} from {least} to {most}",
+                str(value)[:80],
+            )
+        floor = settings["window"] + settings["sinks"]
+        _require(settings["width"] >= floor, f"settings.width >= {floor}", settings["width"])
+        sizes = model["kv_heads"], model["head_dim"]
+        _require(max(sizes) <= _MAX_HIDDEN, f"kv_heads and head_dim up to {_MAX_HIDDEN}", sizes)
+        windows = header.get("windows")
+        _require(
+            isinstance(windows, list)
+            and len(windows) == model["layers"]
+            and all(w is None or (_is_int(w, 1) and w < 2**31) for w in windows),
+            f"windows as {model['layers']} whole numbers or null",
+            str(windows)[:80],
+        )
+        curve = _section(header, "curve")
+        widths, mass = curve.get("widths"), curve.get("mass")
+        _require(
+            isinstance(widths, list)
+            and len(widths) >= 1
+            and all(_is_int(w, 1) and w < 2**31 for w in widths)
+            and all(a < b for a, b in itertools.pairwise(widths))
+            and widths[0] >= max(floor, 1),
+            f"curve.widths as rising whole numbers from {floor}",
+            str(widths)[:80],
+        )
+        _require(
+            isinstance(mass, list) and len(mass) == model["layers"],
+            f"curve.mass of {model['layers']} layers",
+            str(mass)[:80],
+        )
+        for layer, table in enumerate(mass or []):
+            _check_figures(f"curve.mass[{layer}]", table, model["kv_heads"], len(widths or []))
+        _require(length <= 2**31, "settings.length up to 2**31", length)
+
+    @staticmethod
+    def layout(header: dict[str, Any]) -> Layout:
+        """Every tensor: what a score module of these sizes has, for each layer that has one."""
+        from dynmask.policies.retained import score_module
+
+        module = score_module(header["settings"], header["model"], device="meta")
+        return {
+            f"layers.{layer}.{name}": (torch.float32, tuple(tensor.shape))
+            for layer, window in enumerate(header["windows"])
+            if window is None
+            for name, tensor in module.state_dict().items()
+        }
+
+    @staticmethod
+    def check_values(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            _require(bool(tensor.isfinite().all()), f"{name} finite", "NaN or infinity")
+
+
+def _check_options(options: dict[str, Any], known: tuple[str, ...]) -> None:
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        raise ValueError(
+            f"policy: expected options among {', '.join(known)}, received {unknown[0]!r}."
+        )
+
+
+_POLICIES: dict[str, type[_DamTensors] | type[_RetainedTensors]] = {
+    "dam": _DamTensors,
+    "retained": _RetainedTensors,
+}
 
 
 def _header_digest(header: dict[str, Any]) -> str:
@@ -553,7 +676,7 @@ def _tensors_digest(table: dict[str, Any], data: "bytearray | memoryview") -> st
     return digest.hexdigest()
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Write beside the target, then rename: an interruption leaves no half-written file."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

@@ -333,21 +333,23 @@ class Entries:
     Attributes:
         keys: int32 [heads, t, n], ascending, padded with ``NO_KEY``.
         words: int32 [heads, t, n, ceil(tile / 32)], 0 for padding.
+        exact: lists are cut to their longest, which waits for the device; else n is a bound.
     """
 
     keys: Tensor
     words: Tensor
+    exact: bool = True
 
     @classmethod
-    def of(cls, plan: Plan) -> Entries:
+    def of(cls, plan: Plan, exact: bool = True) -> Entries:
         """Entries of a plan, key blocks spelled out."""
         rows = torch.arange(plan.tile, device=plan.device)
         every = pack_rows(rows < plan.rows[:, None])[:, None]  # [t, 1, words]
-        slot = torch.arange(
-            max(int(plan.count.max()), 1) if plan.count.numel() else 1, device=plan.device
-        )
-        keys = plan.index[..., : len(slot)]
-        slot = slot[: keys.shape[-1]]
+        longest = plan.index.shape[-1]
+        if exact and plan.count.numel():
+            longest = min(max(int(plan.count.max()), 1), longest)
+        keys = plan.index[..., :longest]
+        slot = torch.arange(longest, device=plan.device)
         listed = (slot < plan.count[..., None]).repeat_interleave(plan.block, -1)
         whole = (slot < plan.full[..., None]).repeat_interleave(plan.block, -1)
         keys = keys.masked_fill(slot >= plan.count[..., None], 0)  # padding may be anything
@@ -355,7 +357,7 @@ class Entries:
             keys = (keys[..., None] + torch.arange(plan.block, device=plan.device)).flatten(-2)
         words = torch.cat([cls._seen(plan, head, keys[head], slot) for head in range(plan.heads)])
         words = torch.where(whole[..., None], every, words).masked_fill(~listed[..., None], 0)
-        return cls.sort(keys.int(), words)
+        return cls.sort(keys.int(), words, exact)
 
     @staticmethod
     def _seen(plan: Plan, head: int, keys: Tensor, slot: Tensor) -> Tensor:
@@ -378,23 +380,27 @@ class Entries:
         return pack_rows(seen)[None]
 
     @classmethod
-    def sort(cls, keys: Tensor, words: Tensor) -> Entries:
+    def sort(cls, keys: Tensor, words: Tensor, exact: bool = True) -> Entries:
         """Sort by key and drop keys that no row sees; a key may stand twice, its rows merge."""
         keys = keys.masked_fill((words == 0).all(-1), NO_KEY)
         keys, order = keys.sort(dim=-1, stable=True)
-        cap = max(int((keys != NO_KEY).sum(-1).max()), 1)
-        keys, order = keys[..., :cap], order[..., :cap]
+        if exact:
+            cap = max(int((keys != NO_KEY).sum(-1).max()), 1)
+            keys, order = keys[..., :cap], order[..., :cap]
         words = words.gather(2, order[..., None].expand(*order.shape, words.shape[-1]))
         twin = ((keys[..., 1:] == keys[..., :-1]) & (keys[..., 1:] != NO_KEY))[..., None]
-        if bool(twin.any()):  # the second of the two stays; a key without rows is never listed
+        if not exact or bool(twin.any()):
+            # the second of the two stays; a key without rows is never listed
             words[:, :, 1:] |= words[:, :, :-1].masked_fill(~twin, 0)
             words[:, :, :-1].masked_fill_(twin, 0)
-        return cls(keys, words)
+        return cls(keys, words, exact)
 
     def __or__(self, other: Entries) -> Entries:
         """Keys of either, seen by the rows that see them in either."""
         return Entries.sort(
-            torch.cat([self.keys, other.keys], -1), torch.cat([self.words, other.words], 2)
+            torch.cat([self.keys, other.keys], -1),
+            torch.cat([self.words, other.words], 2),
+            self.exact and other.exact,
         )
 
     def limit(self, death: Tensor, tiles: Tiles) -> Entries:
@@ -405,17 +411,20 @@ class Entries:
         head = torch.arange(heads, device=key.device)[:, None, None]
         ends = death.expand(-1, heads, -1)[tiles.batch.long()[None, :, None], head, key]
         words = self.words & pack_rows(rows[None, :, None, :] < ends[..., None])
-        return Entries.sort(self.keys, words)
+        return Entries.sort(self.keys, words, self.exact)
 
     def plan(self, tiles: Tiles, shape: tuple[int, int, int]) -> Plan:
         """The plan of these entries, with the bit rule for its boundary."""
         every = row_words(tiles)[None, :, None, :]
         some = (self.words != 0).any(-1)
         full = some & (self.words == every).all(-1)
-        slot, fulls, count = compact(self.keys, full, some & ~full)
-        cap = int(count.max()) if count.numel() else 0
+        # no list is longer than all keys up to the last row
+        bound = None if self.exact else min(self.keys.shape[-1], max(tiles.stop, 1))
+        slot, fulls, count = compact(self.keys, full, some & ~full, bound)
+        cap, width = bound or 0, bound or 0
+        if bound is None and count.numel():
+            cap, width = int(count.max()), int((count - fulls).max())
         edge = slot - fulls[..., None]
-        width = int((count - fulls).max()) if count.numel() else 0
         edge = torch.where((slot < cap) & (edge >= 0), edge, torch.full_like(edge, width))
         bits = torch.stack([place(word, edge, width, 0) for word in self.words.unbind(-1)], -1)
         return tiles.plan(

@@ -19,17 +19,26 @@ DESCRIPTION = """\
 Run a frozen model over some documents, average its attention maps, and keep the
 diagonals and columns that it uses (DAM, arXiv 2506.11104). The result is a mask
 card: one small file of data for exactly this model, used as --policy dam:FOLDER.
+
+With --policy retained small score heads are trained instead, minutes on a GPU; the
+model stays as it is. They tell which keys later queries will look for, so that
+--policy retained:FOLDER,width=512 reads and keeps 512 keys at any length.
 """
 EPILOG = """\
 examples:
   dynmask calibrate --model models/dynmask-reference --out my-card
   dynmask calibrate --model Qwen/Qwen3-0.6B --text notes/ --text 'books/*.txt' --out qwen-card
   dynmask calibrate --model MODEL --text data.jsonl --documents 64 --length 1024 --out card
+  dynmask calibrate --model MODEL --policy retained --text long/ --minutes 3 --out kept-card
 
 Documents that are shorter than --length tokens are joined with the next ones of the
 same source; what is left over is not used.
 """
 
+DAM_OPTIONS = ("length", "tau", "mu", "lam", "amplifier", "min_support")
+RETAINED_OPTIONS = (
+    "minutes", "steps", "lengths", "tokens", "head", "width", "window", "sinks", "checkpoint",
+)  # fmt: skip
 SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 
 
@@ -51,7 +60,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--field", default="text", help="the JSON-lines field that holds the text (text)"
     )
     data.add_argument(
-        "--documents", type=positive, default=32, metavar="N", help="how many to use (32)"
+        "--documents",
+        type=positive,
+        metavar="N",
+        help="how many to use, of each length (32; retained: 2000)",
+    )
+    command.add_argument(
+        "--policy",
+        choices=("dam", "retained"),
+        default="dam",
+        help="what the card is for: dam, or retained, which trains score heads (dam)",
     )
     dam = command.add_argument_group("DAM settings (defaults as published)")
     dam.add_argument("--length", type=positive, default=512, help="tokens per document, L (512)")
@@ -71,6 +89,36 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="cells that a pattern needs; 1 is the paper's rule (64)",
     )
+    kept = command.add_argument_group("settings of retained")
+    kept.add_argument(
+        "--minutes", type=float, default=3.0, help="how long the score heads are trained (3)"
+    )
+    kept.add_argument(
+        "--steps", type=positive, metavar="N", help="train so many steps, however long it takes"
+    )
+    kept.add_argument(
+        "--lengths",
+        type=positive,
+        nargs="+",
+        metavar="TOKENS",
+        default=[2048, 4096, 16384],
+        help="sequence lengths, as far as model and text go (2048 4096 16384)",
+    )
+    kept.add_argument("--tokens", type=positive, default=65536, help="tokens of a step (65536)")
+    kept.add_argument(
+        "--head",
+        choices=("pair", "value"),
+        default="pair",
+        help="scores from key and value by a small network, or linear from values (pair)",
+    )
+    kept.add_argument("--width", type=positive, default=512, help="keys kept by default (512)")
+    kept.add_argument("--window", type=positive, default=128, help="newest keys kept (128)")
+    kept.add_argument("--sinks", type=int, default=4, help="first keys kept (4)")
+    kept.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="written while training, on Ctrl-C too; training goes on from it if it is there",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -83,8 +131,12 @@ def run(arguments: argparse.Namespace) -> int:
             f"--out: expected a folder without a card, received {folder}, which has one; "
             "choose another folder or pass --force to replace it"
         )
+    _refuse_other_options(arguments)
+    if arguments.policy == "retained":
+        return _retained(arguments, folder)
     from dynmask.calibrate import DamSettings, calibrate
 
+    count = arguments.documents or 32
     given: dict[str, Any] = {
         name: getattr(arguments, name) for name in ("length", "tau", "mu", "lam", "amplifier")
     }
@@ -94,26 +146,86 @@ def run(arguments: argparse.Namespace) -> int:
     sources = list(texts(arguments.text, arguments.field))
     check_output_folder(arguments.out)
     model, tokenizer = load(arguments)
-    pieces = documents(tokenizer, sources, arguments.length, arguments.documents, arguments.seed)
+    pieces = documents(tokenizer, sources, arguments.length, count, arguments.seed)
     if not pieces:
         raise ValueError(
             f"--text: expected at least one document of {arguments.length} tokens, received none "
             "that long; pass more text or a smaller --length"
         )
-    if len(pieces) < arguments.documents:
+    if len(pieces) < count:
         say(f"note: the text gives {len(pieces)} documents of {arguments.length} tokens")
     card = calibrate(
         model, pieces, settings=settings, seed=arguments.seed, progress=not arguments.quiet
     )
+    hint = f"use it with --policy dam:{folder}, draw it with dynmask inspect {folder}"
+    return _save(card, folder, arguments.json, hint)
+
+
+def _refuse_other_options(arguments: argparse.Namespace) -> None:
+    """Raise ``ValueError`` for an option that the policy would ignore."""
+    command = argparse.ArgumentParser()
+    add_arguments(command)
+    other = DAM_OPTIONS if arguments.policy == "retained" else RETAINED_OPTIONS
+    for name in other:
+        if getattr(arguments, name) != command.get_default(name):
+            raise ValueError(
+                f"--{name.replace('_', '-')}: expected with another --policy than "
+                f"{arguments.policy}, which it says nothing about; leave it out"
+            )
+
+
+def _retained(arguments: argparse.Namespace, folder: Path) -> int:
+    """Train score heads and save their card."""
+    from dynmask.calibrate import calibrate
+    from dynmask.retrofit import RetainedSettings
+
+    names = ("steps", "minutes", "tokens", "head", "width", "window", "sinks")
+    given = {name: getattr(arguments, name) for name in names}
+    wanted = sorted(set(arguments.lengths))
+    RetainedSettings(**given, lengths=tuple(wanted))
+    sources = list(texts(arguments.text, arguments.field))
+    check_output_folder(arguments.out)
+    model, tokenizer = load(arguments)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or wanted[-1]
+    pieces: list[Any] = []
+    lengths: list[int] = []
+    for length in wanted:
+        count = arguments.documents or 2000
+        own = documents(tokenizer, sources, length, count, arguments.seed)
+        if length <= limit and own:
+            lengths.append(length)
+            pieces += own
+    if not lengths:
+        raise ValueError(
+            f"--text: expected at least one document of {wanted[0]} tokens and a model of as many "
+            f"positions, received none of that length or {limit} positions; pass more text or "
+            "smaller --lengths"
+        )
+    if lengths != wanted:
+        say(f"note: text and model go as far as lengths of {', '.join(map(str, lengths))} tokens")
+    card = calibrate(
+        model,
+        pieces,
+        policy="retained",
+        settings=RetainedSettings(**given, lengths=tuple(lengths)),
+        seed=arguments.seed,
+        checkpoint=arguments.checkpoint,
+        progress=not arguments.quiet,
+    )
+    hint = f"use it with --policy retained:{folder},width={arguments.width}"
+    return _save(card, folder, arguments.json, hint)
+
+
+def _save(card: Any, folder: Path, as_json: bool, hint: str) -> int:
     path = card.save_pretrained(folder)
-    if arguments.json:
+    if as_json:
         print(json.dumps({"card": str(path), **card.header}, indent=1))
         return OK
     from .inspect import describe_card
 
     print(describe_card(card))
     print(f"\ncard: {path}")
-    say(f"use it with --policy dam:{folder}, draw it with dynmask inspect {folder}")
+    say(hint)
     return OK
 
 

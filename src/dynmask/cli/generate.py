@@ -32,7 +32,14 @@ examples:
   dynmask generate --model MODEL --prompt "Once upon a time" --max-new-tokens 50
   dynmask generate --model MODEL --policy streaming:sinks=4,window=2048 --file long.txt
   cat question.txt | dynmask generate --model MODEL --policy dam:my-card --chat
+  dynmask generate --model MODEL --policy retained:my-card,width=512 --file book.txt
+
+Under streaming and retained the cache holds no more keys than a query reads, and the
+prompt goes in a few thousand tokens at a time.
 """
+
+CHUNK = 8192
+"""Tokens of a prompt that are read at once where the cache is bounded."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -89,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
             streamer=streamer,
             pad_token_id=_pad(model, tokenizer),
             **sampling,
+            **_bounded(active, policy, inputs["input_ids"].shape[1]),
         )
         summary = active.summary() if active is not None else None
     new = output[0, inputs["input_ids"].shape[1] :]
@@ -106,6 +114,20 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         say(_sentence(stats))
     return OK
+
+
+def _bounded(active: Any, policy: Any, tokens: int) -> dict[str, Any]:
+    """Return what makes generate keep only the keys that are still read, if the policy evicts."""
+    from dynmask.policies.base import evicts
+
+    if active is None or not evicts(policy):
+        return {}
+    from dynmask import BoundedCache
+
+    return {
+        "past_key_values": BoundedCache(active),
+        **({"prefill_chunk_size": CHUNK} if tokens > CHUNK else {}),
+    }
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:

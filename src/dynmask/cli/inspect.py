@@ -148,7 +148,7 @@ def describe_card(card: Any) -> str:
         f"data        {data['documents']} documents, {data['tokens']:,} tokens",
         f"settings    {settings}",
         "",
-        f"patterns over the first {card.length} positions:",
+        f"{'patterns' if header['policy'] == 'dam' else 'masks'} over {card.length} positions:",
         _per_head(card.density, card.kept_mass),
     ]
     return "\n".join(lines)

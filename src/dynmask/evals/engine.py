@@ -418,7 +418,7 @@ def check_policies(model: torch.nn.Module, policies: Mapping[str, Any]) -> None:
             )
         try:
             policy.check(config.num_hidden_layers, heads, kv_heads)
-            if hasattr(policy, "card"):
+            if getattr(policy, "card", None) is not None:
                 policy.card.check(model)
         except ValueError as error:
             raise ValueError(f"policies[{name!r}]: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +10,14 @@ from transformers import PreTrainedModel, cache_utils
 
 from ..attention import IMPLS
 from ..policies import Policy
+from .cache import BoundedLayer
+from .calls import arguments
 
 PREFIX = "dynmask_"
 """How the names of registered runs begin."""
+
+CONVERTED = f"{PREFIX}layers"
+"""Name of the attention of converted models."""
 
 # Caches whose keys are where a mask says: all of them, or the newest of a sliding window.
 KNOWN_CACHE_LAYERS = tuple(
@@ -99,6 +103,11 @@ def check_model(model: Any) -> None:
             f"received {name}, whose attention is its own; use an architecture that supports "
             "attn_implementation='sdpa'"
         )
+    if any(c._attn_implementation == CONVERTED for c in configs(model)):
+        raise ValueError(
+            f"model: expected one without dynamic mask attention, received {name} that was "
+            "converted; call dynmask.revert(model) first"
+        )
     if any(str(c._attn_implementation).startswith(PREFIX) for c in configs(model)):
         raise ValueError(
             f"model: expected one policy at a time, received {name} that is sparsified already; "
@@ -126,12 +135,16 @@ def check_policy(model: PreTrainedModel, policy: Any, config: Any) -> None:
     policy.check(config.num_hidden_layers, heads, kv_heads)
 
 
-def check_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Refuse forward arguments that would be ignored or misread."""
-    given = kwargs
-    if args:
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
+def check_forward(module: nn.Module, args: tuple, kwargs: dict, bounded: bool = False) -> None:
+    """Refuse forward arguments that would be ignored or misread.
+
+    Args:
+        module: the model.
+        args: positional arguments.
+        kwargs: named arguments.
+        bounded: whether the policy can serve a BoundedCache.
+    """
+    given = arguments(module, args, kwargs)
     asked = given.get("output_attentions")
     if asked or (asked is None and getattr(module.config, "output_attentions", False)):
         raise ValueError(
@@ -142,10 +155,11 @@ def check_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
     if cache is None:
         return
     layers = getattr(cache, "layers", None)
+    known = (*KNOWN_CACHE_LAYERS, BoundedLayer) if bounded else KNOWN_CACHE_LAYERS
     unknown = (
         [cache]
         if layers is None or isinstance(cache, cache_utils.EncoderDecoderCache)
-        else [x for x in layers if type(x) not in KNOWN_CACHE_LAYERS]
+        else [x for x in layers if type(x) not in known]
     )
     if unknown:
         raise ValueError(

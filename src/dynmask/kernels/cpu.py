@@ -1,19 +1,19 @@
 """The CPU kernel: for every tile, gather the keys that the plan lists and compute only those.
 
-Built from tensor operations, so it needs no compiler, is differentiable and runs on any device;
-the sizes are tuned for CPUs. One gather of a kv head's keys serves all query heads of its group,
-whose rows are stacked into one matrix product. Every large result goes to a buffer that is
-allocated once a call: fresh memory costs more in page faults than the arithmetic on it.
+Built from tensor operations, so it needs no compiler and runs on any device; the sizes are tuned
+for CPUs. One gather of a kv head's keys serves all query heads of its group, whose rows are
+stacked into one matrix product. Every large result goes to a buffer that is allocated once a
+call: fresh memory costs more in page faults than the arithmetic on it. The backward is written
+out: recorded operations would keep every tile's weights, and make a gradient as large as all keys
+for every gather.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..plan import Plan, unpack_rows
 
@@ -25,18 +25,15 @@ Keys = slice | Tensor
 
 
 class Buffers:
-    """Memory that one call uses again for every tile; ``None`` results under autograd."""
+    """Memory that one call uses again for every tile."""
 
-    def __init__(self, like: Tensor, dtype: torch.dtype, grad: bool) -> None:
-        self.grad = grad
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         self._flat: dict[str, Tensor] = {}
         self._like = like
         self._dtype = dtype
 
-    def get(self, name: str, *shape: int) -> Tensor | None:
-        """An uninitialised tensor of this shape, or None where autograd needs a fresh one."""
-        if self.grad:
-            return None
+    def get(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised tensor of this shape."""
         size = 1
         for n in shape:
             size *= n
@@ -74,9 +71,7 @@ def cpu_attention(
     lists = max(plan.heads, groups, 1 if bias is None else bias.shape[1])
     members = heads // lists  # query heads that share a list, a kv head and a bias
     dtype = torch.promote_types(query.dtype, torch.float32)
-    tensors = (query, key, value, bias)
-    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    buffers = Buffers(query, dtype, grad)
+    buffers = Buffers(query, dtype)
     tables = (plan.batch.tolist(), plan.row.tolist(), plan.rows.tolist())
     for t, (b, row, rows) in enumerate(zip(*tables, strict=True)):
         listed = [_listed(plan, head, t) for head in range(plan.heads)]
@@ -86,9 +81,7 @@ def cpu_attention(
             q = query[b, head, row : row + rows].reshape(members * rows, -1).to(dtype) * scale
             part = None if bias is None else bias[b, i * bias.shape[1] // lists]
             args = (q, key[b, kv], value[b, kv], part, *listed[i * plan.heads // lists])
-            # under autograd a tile is computed again in backward: memory stays that of one tile
-            run: Any = partial(checkpoint, _tile, use_reentrant=False) if grad else _tile
-            result, norm = run(*args, lse is not None, buffers)
+            result, norm = _tile(*args, lse is not None, buffers)
             out[b, head, row : row + rows] = result.view(members, rows, -1).to(out.dtype)
             if lse is not None and norm is not None:
                 lse[b, head, row : row + rows] = norm.view(members, rows)
@@ -182,12 +175,21 @@ def _tile(
     """
     n = keys.stop - keys.start if isinstance(keys, slice) else len(keys)
     if n == 0:
-        none = q[:, :1] * 0 if buffers.grad else q.new_zeros(len(q), 1)  # zero, but in the graph
-        return none.expand(-1, value.shape[-1]), q.new_full((len(q),), float("-inf"))
+        return q.new_zeros(len(q), value.shape[-1]), q.new_full((len(q),), float("-inf"))
     if n <= KEYS_AT_A_TIME:
         return _piece(q, key, value, bias, keys, full, seen, want_lse, buffers)
     total = q.new_zeros(len(q), value.shape[-1])
     norm = q.new_full((len(q),), float("-inf"))
+    for some, inner, edge in _pieces(keys, full, seen):
+        part, log = _piece(q, key, value, bias, some, inner, edge, True, buffers)
+        assert log is not None
+        total, norm = merge(total, norm, part, log)
+    return total, norm
+
+
+def _pieces(keys: Keys, full: int, seen: Tensor) -> Iterator[tuple[Keys, int, Tensor]]:
+    """A list in pieces of ``KEYS_AT_A_TIME``, each as a list is given."""
+    n = keys.stop - keys.start if isinstance(keys, slice) else len(keys)
     for first in range(0, n, KEYS_AT_A_TIME):
         last = min(first + KEYS_AT_A_TIME, n)
         if isinstance(keys, slice):
@@ -195,11 +197,7 @@ def _tile(
         else:
             some = keys[first:last]
         inner = min(max(full - first, 0), last - first)
-        edge = seen[:, max(first - full, 0) : max(last - full, 0)]
-        part, log = _piece(q, key, value, bias, some, inner, edge, True, buffers)
-        assert log is not None
-        total, norm = merge(total, norm, part, log)
-    return total, norm
+        yield some, inner, seen[:, max(first - full, 0) : max(last - full, 0)]
 
 
 def merge(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,30 +220,38 @@ def _piece(
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention over one piece of a list; arguments as in :func:`_tile`."""
     k, v = _take(key, keys, q.dtype, buffers, "k"), _take(value, keys, q.dtype, buffers, "v")
-    n, rows = len(k), seen.shape[0]
-    logits = torch.mm(q, k.T, out=buffers.get("logits", len(q), n))
-    if bias is not None:
-        own = bias[keys] if isinstance(keys, slice) else bias.index_select(0, keys)
-        logits = logits + own.to(q.dtype) if buffers.grad else logits.add_(own.to(q.dtype))
+    logits = _logits(q, k, bias, keys, full, seen, buffers)
     empty = None
-    if n > full:
-        hidden = ~seen
-        edge = logits.view(-1, rows, n)[:, :, full:]
-        if buffers.grad:
-            edge = edge.masked_fill(hidden, float("-inf"))
-            logits = torch.cat([logits.view(-1, rows, n)[:, :, :full], edge], -1).view(-1, n)
-        else:
-            edge.masked_fill_(hidden, float("-inf"))
     if bias is not None or (full == 0 and bool((~seen).all(-1).any())):
         empty = (logits == float("-inf")).all(-1)  # softmax of nothing is NaN, 0 is meant
         logits = logits.masked_fill(empty[:, None], 0)
     lse = logits.logsumexp(-1) if want_lse else None
-    weights = torch.softmax(logits, -1, out=buffers.get("weights", len(q), n))
+    weights = torch.softmax(logits, -1, out=buffers.get("weights", *logits.shape))
     out = torch.mm(weights, v, out=buffers.get("out", len(q), v.shape[1]))
     if empty is not None:
         out = out.masked_fill(empty[:, None], 0)
         lse = None if lse is None else lse.masked_fill(empty, float("-inf"))
     return out, lse
+
+
+def _logits(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    keys: Keys,
+    full: int,
+    seen: Tensor,
+    buffers: Buffers,
+) -> Tensor:
+    """Logits [m * rows, n] of one piece, -inf for pairs that are not visible."""
+    n, rows = len(k), seen.shape[0]
+    logits = torch.mm(q, k.T, out=buffers.get("logits", len(q), n))
+    if bias is not None:
+        own = bias[keys] if isinstance(keys, slice) else bias.index_select(0, keys)
+        logits.add_(own.to(q.dtype))
+    if n > full:
+        logits.view(-1, rows, n)[:, :, full:].masked_fill_(~seen, float("-inf"))
+    return logits
 
 
 def _take(x: Tensor, keys: Keys, dtype: torch.dtype, buffers: Buffers, name: str) -> Tensor:
@@ -255,3 +261,69 @@ def _take(x: Tensor, keys: Keys, dtype: torch.dtype, buffers: Buffers, name: str
     if x.dtype != dtype:
         return x.index_select(0, keys).to(dtype)
     return torch.index_select(x, 0, keys, out=buffers.get(name, len(keys), x.shape[1]))
+
+
+def cpu_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    bias: Tensor | None,
+    scale: float,
+    lse: Tensor,
+    delta: Tensor,
+    out_grad: Tensor,
+    query_grad: Tensor,
+    key_grad: Tensor,
+    value_grad: Tensor,
+    bias_grad: Tensor | None,
+) -> None:
+    """Gradients of attention over the pairs of ``plan``, the weights computed again from ``lse``.
+
+    Args:
+        query, key, value, plan, bias, scale: as in :func:`cpu_attention`.
+        lse: what it wrote, [b, h, q].
+        delta: [b, h, q], sum of ``out * out_grad`` of each row, less the gradient of ``lse``.
+        out_grad: [b, h, q, dv].
+        query_grad: [b, h, q, d], rows of the plan's tiles are overwritten.
+        key_grad, value_grad: float32 or float64 [b, g, k, d or dv], added to.
+        bias_grad: [b, lists, k], added to; ``lists`` is the most heads of key, plan and bias.
+    """
+    heads, groups = query.shape[1], key.shape[1]
+    lists = max(plan.heads, groups, 1 if bias is None else bias.shape[1])
+    members = heads // lists
+    dtype = key_grad.dtype
+    buffers = Buffers(query, dtype)
+    tables = (plan.batch.tolist(), plan.row.tolist(), plan.rows.tolist())
+    for t, (b, row, rows) in enumerate(zip(*tables, strict=True)):
+        listed = [_listed(plan, head, t) for head in range(plan.heads)]
+        for i in range(lists):
+            head, kv = slice(i * members, (i + 1) * members), i * groups // lists
+            q, slope, norm, lost = (
+                x[b, head, row : row + rows].reshape(members * rows, -1).to(dtype)
+                for x in (query, out_grad, lse[..., None], delta[..., None])
+            )
+            q = q * scale
+            norm = norm.masked_fill(norm == float("-inf"), float("inf"))  # its weights are 0
+            part = None if bias is None else bias[b, i * bias.shape[1] // lists]
+            total = torch.zeros_like(q)
+            for keys, full, seen in _pieces(*listed[i * plan.heads // lists]):
+                k = _take(key[b, kv], keys, dtype, buffers, "k")
+                v = _take(value[b, kv], keys, dtype, buffers, "v")
+                weights = _logits(q, k, part, keys, full, seen, buffers).sub_(norm).exp_()
+                _add(value_grad[b, kv], keys, torch.mm(weights.T, slope))
+                change = torch.mm(slope, v.T, out=buffers.get("weights", *weights.shape))
+                change.sub_(lost).mul_(weights)
+                total.addmm_(change, k)
+                _add(key_grad[b, kv], keys, torch.mm(change.T, q))
+                if bias_grad is not None:
+                    _add(bias_grad[b, i], keys, change.sum(0))
+            query_grad[b, head, row : row + rows] = (total * scale).view(members, rows, -1)
+
+
+def _add(x: Tensor, keys: Keys, more: Tensor) -> None:
+    """Add to the listed rows of x, each listed once."""
+    if isinstance(keys, slice):
+        x[keys] += more
+    else:
+        x.index_add_(0, keys, more)

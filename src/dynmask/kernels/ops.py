@@ -120,9 +120,34 @@ def block_plan(
     return block_plan(blocks, position, rows, batch, block_q, block_k, first_block)
 
 
+def _table_shapes(
+    diagonals: Tensor, verticals: Tensor, keys: int, stop: int, size: int, first_key: int, cap: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    b, heads = diagonals.shape[:2]
+    marks = diagonals.new_empty(b, heads, 2, keys, dtype=torch.uint8)
+    return (
+        diagonals.new_empty(b, heads, cap),
+        diagonals.new_empty(b, heads, cap, -(-size // 32)),
+        diagonals.new_empty(b, heads),
+        diagonals.new_empty(b, heads),
+        verticals.new_empty(verticals.shape),
+        marks[:, :, 1],
+    )
+
+
+@_operator(_table_shapes)
+def pattern_table(
+    diagonals: Tensor, verticals: Tensor, keys: int, stop: int, size: int, first_key: int, cap: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Offsets of a tile's diagonals: :func:`dynmask.kernels.triton.patterns.pattern_table`."""
+    from .triton.patterns import pattern_table
+
+    return pattern_table(diagonals, verticals, keys, stop, size, first_key, cap)
+
+
 def _pattern_shapes(
-    offset: Tensor, words: Tensor, found: Tensor, vertical: Tensor, is_vertical: Tensor,
-    position: Tensor, rows: Tensor, batch: int,
+    offset: Tensor, words: Tensor, wholes: Tensor, found: Tensor, vertical: Tensor,
+    is_vertical: Tensor, position: Tensor, rows: Tensor, batch: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     index, full, count = _lists(
         offset, offset.shape[1], position.shape[0], offset.shape[2] + vertical.shape[2]
@@ -134,6 +159,7 @@ def _pattern_shapes(
 def pattern_lists(
     offset: Tensor,
     words: Tensor,
+    wholes: Tensor,
     found: Tensor,
     vertical: Tensor,
     is_vertical: Tensor,
@@ -141,10 +167,10 @@ def pattern_lists(
     rows: Tensor,
     batch: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Lists of diagonals and verticals: :func:`dynmask.kernels.triton.lower.pattern_lists`."""
-    from .triton.lower import pattern_lists
+    """Lists of diagonals and verticals: :func:`dynmask.kernels.triton.patterns.pattern_lists`."""
+    from .triton.patterns import pattern_lists
 
-    return pattern_lists(offset, words, found, vertical, is_vertical, position, rows, batch)
+    return pattern_lists(offset, words, wholes, found, vertical, is_vertical, position, rows, batch)
 
 
 @_operator(lambda *args: None, mutates=("out", "lse"))
@@ -183,3 +209,81 @@ def attend(
     ).contiguous()
     run = decode if tile == 1 else prefill
     run(query, key, value, bias, plan, scale, out, lse)
+
+
+@_operator(lambda *args: None, mutates=("query_grad", "delta"))
+def attend_rows_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    full: Tensor,
+    count: Tensor,
+    batch: Tensor,
+    row: Tensor,
+    rows: Tensor,
+    position: Tensor,
+    death: Tensor | None,
+    bits: Tensor | None,
+    tile: int,
+    block: int,
+    even: bool,
+    scale: float,
+    out: Tensor,
+    out_grad: Tensor,
+    lse: Tensor,
+    lse_grad: Tensor | None,
+    query_grad: Tensor,
+    delta: Tensor,
+) -> None:
+    """Gradient of query rows: :func:`dynmask.kernels.triton.backward.rows_backward`."""
+    from .triton.backward import rows_backward
+    from .triton.call import PlanTensors
+
+    plan = PlanTensors(
+        index, full, count, batch, row, rows, position, death, bits, tile, block, even
+    ).contiguous()
+    rows_backward(
+        query, key, value, bias, plan, scale, out, out_grad, lse, lse_grad, query_grad, delta
+    )
+
+
+@_operator(lambda *args: None, mutates=("key_grad", "value_grad", "bias_grad"))
+def attend_keys_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    full: Tensor,
+    count: Tensor,
+    batch: Tensor,
+    row: Tensor,
+    rows: Tensor,
+    position: Tensor,
+    death: Tensor | None,
+    bits: Tensor | None,
+    tile: int,
+    block: int,
+    even: bool,
+    scale: float,
+    out_grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    key_grad: Tensor,
+    value_grad: Tensor,
+    bias_grad: Tensor | None,
+    launches: int,
+) -> None:
+    """Gradients of keys: :func:`dynmask.kernels.triton.backward.keys_backward`."""
+    from .triton.backward import keys_backward
+    from .triton.call import PlanTensors
+
+    plan = PlanTensors(
+        index, full, count, batch, row, rows, position, death, bits, tile, block, even
+    ).contiguous()
+    keys_backward(
+        query, key, value, bias, plan, scale, out_grad, lse, delta, key_grad, value_grad,
+        bias_grad, launches,
+    )  # fmt: skip

@@ -74,6 +74,13 @@ class Mask(ABC):
         """
         return 128
 
+    def backward_tile(self, members: int = 1) -> int:
+        """Rows of a tile for the fused kernel that holds keys and walks over rows.
+
+        Large ones serve it best, where the element rule does not need a bit for each row.
+        """
+        return self.preferred_tile(fused=True, members=members)
+
     def list_words(self, tile: int) -> int:
         """Integers in the lists of one tile at most, as the fused lowering makes them."""
         return self.keys

@@ -201,6 +201,10 @@ class BlockMask(Mask):
         """A whole query block where the fused kernels can hold it."""
         return min(self.block_q, 128) if fused else 128
 
+    def backward_tile(self, members: int = 1) -> int:
+        """A whole query block, whatever its size."""
+        return self.block_q
+
     def list_words(self, tile: int) -> int:
         """Integers in the list of one tile."""
         return self.index.shape[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -24,6 +24,9 @@ from .base import (
 
 CAUSAL_BLOCK = 128
 """Keys of an entry where a plain causal mask is lowered to key blocks."""
+
+BACKWARD_TILE = 1024
+"""Query rows of a tile for the kernel that holds keys."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,27 +133,84 @@ class LifetimeMask(Mask):
         Raises:
             ValueError: scores of another rank or type, NaN scores, or a width below 1.
         """
-        if not isinstance(scores, Tensor) or scores.dim() != 3 or not scores.is_floating_point():
-            raise ValueError(
-                "scores: expected a floating tensor [b, heads, keys], received "
-                f"{getattr(scores, 'dtype', type(scores).__name__)} "
-                f"{tuple(getattr(scores, 'shape', ()))}; give one score per key and kv head"
-            )
+        _check_scores(scores)
         check_whole("width", width, 1)
         width = min(width, scores.shape[-1])
         fused = ops.fused(scores.device)
-        if (not fused if check is None else check) and bool(scores.isnan().any()):
-            where = scores.isnan().nonzero()[0].tolist()
-            raise ValueError(
-                f"scores: expected numbers, received NaN, first at [b, head, key] = {where}; "
-                "look for an overflow where the scores are computed"
-            )
+        if not fused if check is None else check:
+            _check_no_nan(scores)
         queries = scores.shape[-1] if queries is None else queries
         if width == scores.shape[-1]:  # nothing is ever outranked by so many
-            death = torch.full((1, 1, 1), cls.INF, dtype=torch.int32, device=scores.device)
-            return cls(death.expand(scores.shape), queries, plain=True, most=width)
-        select = ops.lifetimes if fused else lifetimes_of_top_w
-        return cls(select(scores.float(), width), queries, most=width)
+            return cls._never(scores, queries)
+        return cls(_select(scores, width), queries, most=width)
+
+    @classmethod
+    def retained(
+        cls,
+        scores: Tensor,
+        width: int | Sequence[int],
+        window: int = 0,
+        sinks: int = 0,
+        queries: int | None = None,
+        check: bool | None = None,
+    ) -> LifetimeMask:
+        """Running top-w with keys that are always read: sinks and a window, counted in the width.
+
+        Query q reads the first ``sinks`` keys, its ``window`` newest (its own counted) and, of
+        the rest, the ``width - sinks - window`` that score highest; on a tie the later key wins.
+        A key enters the contest when it leaves the window, so the contest of query q is the
+        running top-w of the prefix that ends at ``q - window``: a lifetime mask again. Without
+        sinks and window it is :meth:`top_w`, with no room for a rest :meth:`streaming`.
+
+        Args:
+            scores: floating [b, heads, keys], one score per key and kv head.
+            width: keys that a query reads at most, 1 or more; a sequence gives each head its own.
+            window: newest keys that are always read, 0 or more.
+            sinks: first keys that are always read, 0 or more.
+            queries: query rows; all keys when None.
+            check: look for NaN scores, as in :meth:`top_w`.
+
+        Raises:
+            ValueError: scores of another rank or type, NaN scores, as many widths as there are
+                no heads, or a width below 1 or below ``sinks + window``.
+        """
+        _check_scores(scores)
+        heads, keys = scores.shape[1:]
+        widths = [width] * heads if isinstance(width, int) else list(width)
+        if len(widths) != heads:
+            raise ValueError(
+                f"width: expected one number, or one for each of {heads} heads, received "
+                f"{len(widths)}; scores are [b, heads, keys]"
+            )
+        check_retention(widths, window, sinks)
+        if not ops.fused(scores.device) if check is None else check:
+            _check_no_nan(scores)
+        queries = keys if queries is None else queries
+        if min(widths) >= keys:
+            return cls._never(scores, queries)
+        rest = scores[..., sinks:]
+        death = torch.full(scores.shape, cls.INF, dtype=torch.int32, device=scores.device)
+        for one in sorted(set(widths)):  # heads of one width are selected together
+            own = [i for i, w in enumerate(widths) if w == one]
+            if one >= keys:
+                continue
+            if one == sinks + window:  # nothing is kept once it has left the window
+                k = torch.arange(keys - sinks, dtype=torch.int32, device=scores.device)
+                ends = k.expand(len(scores), len(own), -1)
+            else:
+                ends = _select(rest if len(own) == heads else rest[:, own], one - sinks - window)
+            later = (ends + (sinks + window)).where(ends < cls.INF, cls.INF)
+            if len(own) == heads:
+                death[..., sinks:] = later
+            else:
+                death[:, own, sinks:] = later
+        return cls(death, queries, most=min(max(widths), keys))
+
+    @classmethod
+    def _never(cls, scores: Tensor, queries: int) -> LifetimeMask:
+        """No key of ``scores`` ever dies."""
+        death = torch.full((1, 1, 1), cls.INF, dtype=torch.int32, device=scores.device)
+        return cls(death.expand(scores.shape), queries, plain=True, most=scores.shape[-1])
 
     @property
     def keys(self) -> int:  # type: ignore[override]
@@ -251,6 +311,10 @@ class LifetimeMask(Mask):
         """Half as many rows where two heads can be stacked: a smaller boundary for each."""
         return 64 if fused and members > 1 and not self.plain else 128
 
+    def backward_tile(self, members: int = 1) -> int:
+        """As many rows as pay for the keys that only some of them see."""
+        return BACKWARD_TILE
+
     def list_words(self, tile: int) -> int:
         """Integers in the list of one tile at most."""
         if self.plain:
@@ -300,3 +364,39 @@ class LifetimeMask(Mask):
         seen = (death > k) & (death > first)
         slot, _, count = compact(k, seen, torch.zeros_like(seen))
         return place(k, slot, int(count.max()), self.keys)
+
+
+def check_retention(widths: Sequence[int], window: int, sinks: int) -> None:
+    """Raise ValueError unless sinks and window fit into every width."""
+    check_whole("window", window, 0)
+    check_whole("sinks", sinks, 0)
+    for width in widths:
+        if check_whole("width", width, 1) < window + sinks:
+            raise ValueError(
+                f"width: expected room for {sinks} sinks and a window of {window}, which count "
+                f"in it, received {width}; pass at least {window + sinks}"
+            )
+
+
+def _select(scores: Tensor, width: int) -> Tensor:
+    """Lifetimes under the running top w, by the fused kernel where there is one."""
+    select = ops.lifetimes if ops.fused(scores.device) else lifetimes_of_top_w
+    return select(scores.float().contiguous(), width)
+
+
+def _check_scores(scores: Tensor) -> None:
+    if not isinstance(scores, Tensor) or scores.dim() != 3 or not scores.is_floating_point():
+        raise ValueError(
+            "scores: expected a floating tensor [b, heads, keys], received "
+            f"{getattr(scores, 'dtype', type(scores).__name__)} "
+            f"{tuple(getattr(scores, 'shape', ()))}; give one score per key and kv head"
+        )
+
+
+def _check_no_nan(scores: Tensor) -> None:
+    if bool(scores.isnan().any()):
+        where = scores.isnan().nonzero()[0].tolist()
+        raise ValueError(
+            f"scores: expected numbers, received NaN, first at [b, head, key] = {where}; "
+            "look for an overflow where the scores are computed"
+        )

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..kernels.ops import fused as is_fused
 from ..plan import Entries, Plan, Tiles
 from .base import Mask, check_sizes, repeat_heads
 from .lifetime import LifetimeMask
@@ -161,6 +162,10 @@ class PlacedMask(Mask):
         """The smallest tile that a sequence's mask prefers."""
         return min(mask.preferred_tile(fused, members) for mask in self.masks)
 
+    def backward_tile(self, members: int = 1) -> int:
+        """The smallest tile that a sequence's mask prefers there."""
+        return min(mask.backward_tile(members) for mask in self.masks)
+
     def list_words(self, tile: int) -> int:
         """Integers in the lists of one tile at most."""
         return max(mask.list_words(tile) for mask in self.masks)
@@ -204,8 +209,11 @@ class PlacedMask(Mask):
                 plans.append((own.expand_heads(self.heads), s))
         if not plans:
             return self._nothing()
-        if len({plan.block for plan, _ in plans}) > 1 or any(p.bits is not None for p, _ in plans):
-            plans = [(_as_bits(plan), s) for plan, s in plans]
+        if len({plan.block for plan, _ in plans}) > 1:
+            plans = [(_single_keys(plan), s) for plan, s in plans]
+        if len({p.block for p, _ in plans}) > 1 or any(p.bits is not None for p, _ in plans):
+            exact = not (is_fused(self.device) if fused is None else fused)
+            plans = [(_as_bits(plan, exact), s) for plan, s in plans]
         return self._join(plans)
 
     def _join(self, plans: list[tuple[Plan, Span]]) -> Plan:
@@ -259,9 +267,23 @@ class PlacedMask(Mask):
         return Plan(none, none, none, none, counts[..., None], counts, counts, 1, shape)
 
 
-def _as_bits(plan: Plan) -> Plan:
+def _single_keys(plan: Plan) -> Plan:
+    """A plan of key blocks under the causal rule as one of single keys; any other as it is."""
+    if plan.block == 1 or plan.bits is not None or plan.death is not None:
+        return plan
+    span = torch.arange(plan.block, dtype=torch.int32, device=plan.device)
+    index = (plan.index[..., None] + span).flatten(-2)
+    # of the boundary, which ascends, the keys after the tile's last row are at the end
+    full, count, stop = plan.full * plan.block, plan.count * plan.block, plan.position + plan.rows
+    slot = torch.arange(index.shape[-1], device=plan.device)
+    late = (slot >= full[..., None]) & (slot < count[..., None]) & (index >= stop[:, None])
+    count = count - late.sum(-1, dtype=torch.int32)
+    return replace(plan, index=index, full=full, count=count, block=1)
+
+
+def _as_bits(plan: Plan, exact: bool) -> Plan:
     """The same plan with single keys and the bit rule."""
     if plan.bits is not None:
         return plan
-    tiles = Tiles(plan.batch, plan.row, plan.rows, plan.position, plan.tile, 0, 0)
-    return Entries.of(plan).plan(tiles, plan.shape)
+    tiles = Tiles(plan.batch, plan.row, plan.rows, plan.position, plan.tile, 0, plan.shape[2])
+    return Entries.of(plan, exact).plan(tiles, plan.shape)

@@ -104,7 +104,8 @@ class StructuralMask(Mask):
 
     def dense(self, rows: tuple[int, int] | None = None) -> Tensor:
         """bool [b, heads, rows, keys], straight from the definition."""
-        q = self._positions(self._range(rows))
+        first, last = self._range(rows)
+        q = self._positions((first, last))
         k = torch.arange(self.keys, device=self.device)
         causal = k <= q
         diagonal = (
@@ -114,13 +115,12 @@ class StructuralMask(Mask):
         )
         out = causal & (diagonal | self._is_vertical()[:, :, None, :])
         if self.true_mask is not None:
-            head = (q[:, 0] + self.first_key) < self.length
-            seen = self._true_rows(q[head, 0])
+            ruled = max(min(self.length - self.first_key - self.offset, last) - first, 0)
+            seen = self._true_rows(q[:ruled, 0])
             seen = torch.nn.functional.pad(seen, (0, self.keys - seen.shape[-1]))
-            out[:, :, head] = causal[head] & seen
+            out[:, :, :ruled] = causal[:ruled] & seen
         if self.limit is not None:
-            first = int(q[0]) - self.offset
-            out = out & self.limit.dense((first, first + len(q)))
+            out = out & self.limit.dense((first, last))
         return out
 
     def __or__(self, other: Mask) -> Mask:
@@ -280,18 +280,16 @@ class StructuralMask(Mask):
 
     def _lower_fused(self, tiles: Tiles) -> Plan:
         """Diagonals and verticals of tiles below the true mask, by the fused kernel."""
-        offset, words, found = self._tile_diagonals(tiles, self._most_offsets(tiles.size))
-        vertical = (self.verticals - self.first_key).masked_fill(self.verticals < 0, -1)
-        index, full, count, bits = ops.pattern_lists(
-            offset,
-            words,
-            found,
-            vertical,
-            self._is_vertical(),
-            tiles.position,
-            tiles.rows,
-            self.batch,
+        table = ops.pattern_table(
+            self.diagonals,
+            self.verticals,
+            self.keys,
+            tiles.stop,
+            tiles.size,
+            self.first_key,
+            self._most_offsets(tiles.size),
         )
+        index, full, count, bits = ops.pattern_lists(*table, tiles.position, tiles.rows, self.batch)
         plan = tiles.plan(
             index=index,
             full=full,
@@ -302,7 +300,7 @@ class StructuralMask(Mask):
         if self.limit is None:
             return plan
         death = self.limit.death.expand(self.batch, -1, -1)
-        return Entries.of(plan).limit(death, tiles).plan(tiles, plan.shape)
+        return Entries.of(plan, exact=False).limit(death, tiles).plan(tiles, plan.shape)
 
     def _single_row(self, tiles: Tiles) -> Plan:
         """One query row, as in decoding: its diagonals and verticals are its keys."""
@@ -329,7 +327,7 @@ class StructuralMask(Mask):
         """Diagonals and verticals of tiles that the true mask does not rule."""
         t = len(tiles) // self.batch
         first, every = tiles.position[:t, None], row_words(tiles)[:t, None]
-        offset, bits, _ = self._tile_diagonals(tiles)
+        offset, bits = self._tile_diagonals(tiles)
         keys = first - offset[:, :, None]  # [b, heads, t, cap]
         diagonal = (bits[:, :, None] & every).masked_fill_((keys < 0)[..., None], 0)
         column = (self.verticals - self.first_key)[:, :, None].expand(-1, -1, t, -1)
@@ -346,20 +344,16 @@ class StructuralMask(Mask):
             flat(torch.cat([keys, column], 3)), flat(torch.cat([diagonal, vertical], 3))
         )
 
-    def _tile_diagonals(
-        self, tiles: Tiles, cap: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _tile_diagonals(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         """Offsets at which a tile meets a diagonal, and the bits of its rows that do.
 
         Seen from the first row of a tile, a diagonal always covers the same offsets, so this is
         worked out once for all tiles. No row meets an offset of the future: it is no diagonal.
-        ``cap`` is a bound of their number; they are counted, which waits for the device, if None.
 
         Returns:
-            offset: int32 [b, heads, cap], first row's position minus the key, descending; padding
+            offset: int32 [b, heads, n], first row's position minus the key, descending; padding
                 is beyond every position.
-            bits: int32 [b, heads, cap, ceil(tile / 32)].
-            count: int32 [b, heads], offsets of each head.
+            bits: int32 [b, heads, n, ceil(tile / 32)].
         """
         size = tiles.size
         is_diagonal = self._is_diagonal()[..., : tiles.stop]  # longer ones begin further down
@@ -367,12 +361,12 @@ class StructuralMask(Mask):
         total = torch.nn.functional.pad(is_diagonal.cumsum(-1, dtype=torch.int32), (1, 0))
         some = total[..., size:] != total[..., :-size]
         start = torch.arange(some.shape[-1], device=self.device).flip(-1)
-        slot, _, count = compact(start, some.flip(-1), torch.zeros_like(some), cap)
-        start = place(start, slot, int(count.max()) if cap is None else cap, -1)
+        slot, _, count = compact(start, some.flip(-1), torch.zeros_like(some))
+        start = place(start, slot, int(count.max()), -1)
         rows = torch.arange(size, device=self.device)
         seen = is_diagonal.gather(-1, (start.clamp(min=0)[..., None] + rows).flatten(-2))
         offset = (start - (size - 1)).masked_fill(start < 0, NO_KEY).int()
-        return offset, pack_rows(seen.unflatten(-1, (-1, size))), count
+        return offset, pack_rows(seen.unflatten(-1, (-1, size)))
 
     def _true_entries(self, tiles: Tiles) -> Entries:
         """The true mask's keys for tiles below L, the same in every batch row."""
@@ -384,7 +378,7 @@ class StructuralMask(Mask):
         keys = torch.arange(seen.shape[-1], dtype=torch.int32, device=self.device)
         seen &= (keys <= query[..., None]) & (row < tiles.rows[:t, None])[..., None]
         words = pack_rows(seen.transpose(-1, -2)).repeat(1, self.batch, 1, 1)
-        return Entries.sort(keys.expand(*words.shape[:-1]), words)
+        return Entries.sort(keys.expand(*words.shape[:-1]), words, exact=not tiles.fused)
 
     def _true_rows(self, query: Tensor) -> Tensor:
         """Rows of the true mask for query rows by key index: bool [heads, rows, keys below L]."""

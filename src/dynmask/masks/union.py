@@ -85,7 +85,7 @@ class UnionMask(Mask):
         merged: Entries | None = None
         for part in self.parts:
             plan = part.expand(self.batch).lower_tiles(tiles)
-            entries = Entries.of(plan.expand_heads(self.heads))
+            entries = Entries.of(plan.expand_heads(self.heads), exact=not tiles.fused)
             merged = entries if merged is None else merged | entries
         assert merged is not None
         return merged.plan(tiles, (self.batch, self.queries, self.keys))

@@ -8,37 +8,38 @@ from typing import get_type_hints
 from .base import Layer, Policy
 from .causal import Causal
 from .dam import Dam
+from .h2o import H2O
 from .pooled import Pooled
+from .retained import Retained
+from .snapkv import SnapKV
 from .streaming import Streaming
 from .vertical_slash import VerticalSlash
 
-FIXED = {p.name: p for p in (Causal, Streaming, VerticalSlash, Pooled)}
+FIXED = {p.name: p for p in (Causal, Streaming, VerticalSlash, Pooled, H2O, SnapKV)}
 """Policies that need no card, by name."""
 
-NAMES = (*FIXED, Dam.name)
+FROM_CARD = (Dam.name, Retained.name)
+"""Policies that a mask card gives, by name."""
+
+NAMES = (*FIXED, *FROM_CARD)
 
 
 def parse(spec: str) -> Policy:
     """A policy from its text form: ``name``, ``name:field=value,...`` or ``dam:path-to-card``.
 
+    ``retained:path-to-card`` may be followed by ``,width=512`` and ``,budget=per_head``.
+
     Raises:
         ValueError: an unknown name or field, a value of the wrong type or out of range.
     """
     name, _, rest = spec.partition(":")
-    if name == Dam.name:
-        if not rest:
-            raise ValueError(
-                "policy: expected dam:PATH with the folder of a mask card, received 'dam'; "
-                "make one with dynmask calibrate"
-            )
-        from ..card import MaskCard
-
-        return MaskCard.from_pretrained(rest).policy()
+    if name in FROM_CARD:
+        return _from_card(name, rest)
     if name not in FIXED:
         raise ValueError(f"policy: expected one of {', '.join(NAMES)}, received {name!r}")
     kind = FIXED[name]
     types = get_type_hints(kind)
-    known = {f.name: types[f.name] for f in fields(kind)}
+    known = {f.name: types[f.name] for f in fields(kind) if types[f.name] in (int, float)}
     values = {}
     for item in filter(None, rest.split(",")):
         field, _, text = item.partition("=")
@@ -55,15 +56,64 @@ def parse(spec: str) -> Policy:
     return kind(**values)
 
 
+def split_card(rest: str) -> tuple[str, dict[str, str]]:
+    """Path and options of ``path,option=value,...``; a path may hold commas of its own."""
+    path, *items = rest.split(",")
+    options: dict[str, str] = {}
+    for item in items:
+        field, equals, text = item.partition("=")
+        if equals and field in ("width", "budget"):
+            options[field] = text
+        elif options:
+            raise ValueError(
+                f"policy retained: expected options width and budget, received {item!r}"
+            )
+        else:
+            path += f",{item}"
+    return path, options
+
+
+def _from_card(name: str, rest: str) -> Policy:
+    """The policy of a card; what it was calibrated for must be what is asked for."""
+    path, texts = split_card(rest) if name == Retained.name else (rest, {})
+    if not path:
+        raise ValueError(
+            f"policy: expected {name}:PATH with the folder of a mask card, received {name!r}; "
+            "make one with dynmask calibrate"
+        )
+    from ..card import MaskCard
+
+    card = MaskCard.from_pretrained(path)
+    if card.header["policy"] != name:
+        raise ValueError(
+            f"policy {name}: expected a card of that policy, received one of "
+            f"{card.header['policy']!r}; pass {card.header['policy']}:{path}"
+        )
+    options: dict[str, int | str] = dict(texts)
+    if "width" in options:
+        try:
+            options["width"] = int(texts["width"])
+        except ValueError:
+            raise ValueError(
+                f"policy {name}: expected width as int, received {texts['width']!r}"
+            ) from None
+    return card.policy(**options)
+
+
 __all__ = [
     "FIXED",
+    "FROM_CARD",
+    "H2O",
     "NAMES",
     "Causal",
     "Dam",
     "Layer",
     "Policy",
     "Pooled",
+    "Retained",
+    "SnapKV",
     "Streaming",
     "VerticalSlash",
     "parse",
+    "split_card",
 ]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from ..masks import Mask
+
+if TYPE_CHECKING:
+    from ..retention import Retention
 
 
 @dataclass(frozen=True)
@@ -18,10 +22,13 @@ class Layer:
         index: number of the layer, from 0.
         first_key: position of the first key in its sequence; above 0 where a sliding-window
             cache has dropped older keys.
+        unrotate: from keys [b, g, n, d] as the layer rotated them to those before rotation, at
+            the positions of this call; None where they were not rotated, or it is not known.
     """
 
     index: int
     first_key: int = 0
+    unrotate: Callable[[Tensor], Tensor] | None = field(default=None, compare=False, repr=False)
 
 
 @runtime_checkable
@@ -47,6 +54,31 @@ class Policy(Protocol):
     def check(self, layers: int, heads: int, kv_heads: int) -> None:
         """Raise ValueError when the policy does not fit a model of this shape."""
         ...
+
+
+@runtime_checkable
+class Evicting(Protocol):
+    """A policy that only ever evicts, by scores that belong to the keys alone.
+
+    Its masks are lifetime masks, so that ``dynmask.BoundedCache`` can free what is dropped.
+    """
+
+    def retention(self, layer: int) -> Retention:
+        """What a query of this layer reads, given the scores."""
+        ...
+
+    def scores(self, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
+        """Score of each key: float32 [b, g, n], from key and value [b, g, n, d]."""
+        ...
+
+    def bias(self, scores: Tensor, layer: Layer) -> Tensor | None:
+        """What is added to the logits of keys with these scores [b, g, n], or None."""
+        ...
+
+
+def evicts(policy: Any) -> bool:
+    """Whether a policy is one of :class:`Evicting`."""
+    return isinstance(policy, Evicting)
 
 
 class AnyModel:

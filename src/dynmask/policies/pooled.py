@@ -57,10 +57,12 @@ class Pooled(AnyModel):
 def _mean(x: Tensor, start: int, block: int) -> Tensor:
     """Mean over each block of positions [start, start + n): float32 [b, heads, blocks, d]."""
     b, heads, n, d = x.shape
-    number = (torch.arange(start, start + n, device=x.device) // block) - start // block
-    total = torch.zeros(b, heads, int(number[-1]) + 1, d, device=x.device)
+    first, blocks = start // block, -(-(start + n) // block) - start // block
+    number = torch.arange(start, start + n, device=x.device) // block - first
+    total = torch.zeros(b, heads, blocks, d, device=x.device)
     total.index_add_(2, number, x.float())
-    return total / number.bincount()[:, None]
+    border = torch.arange(first, first + blocks + 1, device=x.device) * block
+    return total / border.clamp(start, start + n).diff()[:, None]
 
 
 def _smallest_set(weights: Tensor, share: float) -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ..masks import LifetimeMask
+from ..retention import Retention
 from .base import AnyModel, Layer, check_field
 
 
@@ -36,3 +38,15 @@ class Streaming(AnyModel):
         return LifetimeMask.streaming(
             key.shape[2], self.sinks, self.window, query.shape[2], layer.first_key, query.device
         )
+
+    def retention(self, layer: int) -> Retention:
+        """The same of every layer; nothing is left to choose by score."""
+        return Retention(self.sinks + self.window, self.window, self.sinks)
+
+    def scores(self, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
+        """All keys alike: float32 [b, g, n]."""
+        return torch.zeros(key.shape[:3], device=key.device)
+
+    def bias(self, scores: Tensor, layer: Layer) -> None:
+        """Nothing is added to the logits."""
+        return None

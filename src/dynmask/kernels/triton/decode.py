@@ -1,4 +1,4 @@
-"""Decoding: one query row a tile; its list is split over programs, whose results are merged.
+"""Decoding: one query row a tile; its list is split over programs, the last of which merges.
 
 The naive twin is ``kernels/reference.py``. Query heads that share a list are stacked, so a kept
 key is read once for all of them. The grid depends on the capacity of the lists alone and their
@@ -20,16 +20,18 @@ PROGRAMS = 264
 
 
 @triton.jit
-def _split_kernel(
-    Q, K, V, Bias, PartOut, PartTop, PartSum, Index, Count, Batch, Row, Position, Death,
+def _decode_kernel(
+    Q, K, V, Bias, Out, Lse, PartOut, PartTop, PartSum, Done,
+    Index, Count, Batch, Row, Position, Death,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, bias_b, bias_h, death_b, death_h,
+    o_b, o_h, o_n, lse_b, lse_h,
     keys, tiles, cap, lists, plan_heads, groups, bias_heads, factor,
     MEMBERS: tl.constexpr, PACK: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, RULE: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, RULE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one row over one part of its list."""
+    """Attention of one row over one part of its list; whoever is done last merges the parts."""
     SUBS: tl.constexpr = (MEMBERS + PACK - 1) // PACK
     work, split = tl.program_id(0), tl.program_id(1)
     sub, own, tile = work % SUBS, work // SUBS % lists, work // SUBS // lists
@@ -78,44 +80,73 @@ def _split_kernel(
             q, k, v, bias, listed[None, :], top, total, acc, factor, HAS_BIAS, True, UPCAST,
             PRECISION,
         )  # fmt: skip
-    part = ((tile.to(tl.int64) * lists + own) * MEMBERS + member) * SPLITS + split
-    tl.store(PartTop + part, top, mask=ok)
-    tl.store(PartSum + part, total, mask=ok)
-    out_at = PartOut + part[:, None] * DV + dv[None, :]
-    tl.store(out_at, acc, mask=ok[:, None] & (dv < DV)[None, :])
+    if SPLITS > 1:
+        # parts of one program lie together: [work, split, PACK]
+        part = (work.to(tl.int64) * SPLITS + split) * PACK + m
+        tl.store(PartTop + part, top, mask=ok)
+        tl.store(PartSum + part, total, mask=ok)
+        there = ok[:, None] & (dv < DV)[None, :]
+        tl.store(PartOut + part[:, None] * DV + dv[None, :], acc, mask=there)
+        tl.debug_barrier()  # all of them are written before it is said
+        last = tl.atomic_add(Done + work, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            top = tl.full([PACK], float("-inf"), tl.float32)
+            total = tl.zeros([PACK], tl.float32)
+            acc = tl.zeros([PACK, DV_PAD], tl.float32)
+            part = work.to(tl.int64) * SPLITS * PACK + m
+            if SPLITS <= 8:  # unrolled, their loads travel together
+                for other in tl.static_range(SPLITS):
+                    top, total, acc = _add_part(
+                        PartOut, PartTop, PartSum, part + other * PACK, ok, dv, top, total, acc, DV
+                    )
+            else:
+                for other in range(SPLITS):
+                    top, total, acc = _add_part(
+                        PartOut, PartTop, PartSum, part + other * PACK, ok, dv, top, total, acc, DV
+                    )
+            _finish(
+                Out, Lse, batch, head, row, ok, dv, top, total, acc, o_b, o_h, o_n, lse_b, lse_h,
+                DV, HAS_LSE,
+            )  # fmt: skip
+    else:
+        _finish(
+            Out, Lse, batch, head, row, ok, dv, top, total, acc, o_b, o_h, o_n, lse_b, lse_h,
+            DV, HAS_LSE,
+        )  # fmt: skip
 
 
 @triton.jit
-def _merge_kernel(
-    PartOut, PartTop, PartSum, Out, Lse, Batch, Row, o_b, o_h, o_n, lse_b, lse_h, heads,
-    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    HAS_LSE: tl.constexpr,
+def _add_part(PartOut, PartTop, PartSum, part, ok, dv, top, total, acc, DV: tl.constexpr):
+    """Merge one more part into a running softmax.
+
+    Parts come from other multiprocessors, and this one's cache may hold older values: hence .cg.
+    """
+    top_of = tl.load(PartTop + part, mask=ok, other=float("-inf"), cache_modifier=".cg")
+    sum_of = tl.load(PartSum + part, mask=ok, other=0.0, cache_modifier=".cg")
+    out_at = PartOut + part[:, None] * DV + dv[None, :]
+    there = ok[:, None] & (dv < DV)[None, :]
+    acc_of = tl.load(out_at, mask=there, other=0.0, cache_modifier=".cg")
+    new = tl.maximum(top, top_of)
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    fade, weight = tl.exp2(top - safe), tl.exp2(top_of - safe)
+    acc = acc * fade[:, None] + acc_of * weight[:, None]
+    return new, total * fade + sum_of * weight, acc
+
+
+@triton.jit
+def _finish(
+    Out, Lse, batch, head, row, ok, dv, top, total, acc, o_b, o_h, o_n, lse_b, lse_h,
+    DV: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of one row and head."""
-    work = tl.program_id(0)
-    tile, head = work // heads, (work % heads).to(tl.int64)
-    batch, row = tl.load(Batch + tile).to(tl.int64), tl.load(Row + tile).to(tl.int64)
-    split, dv = tl.arange(0, SPLITS_PAD), tl.arange(0, DV_PAD)
-    at = work.to(tl.int64) * SPLITS + split
-    top = tl.load(PartTop + at, mask=split < SPLITS, other=float("-inf"))
-    total = tl.load(PartSum + at, mask=split < SPLITS, other=0.0)
-    best = tl.max(top, 0)
-    safe = tl.where(best == float("-inf"), 0.0, best)
-    weight = tl.exp2(top - safe)
-    total = tl.sum(total * weight, 0)
-    part = tl.load(
-        PartOut + at[:, None] * DV + dv[None, :],
-        mask=(split < SPLITS)[:, None] & (dv < DV)[None, :],
-        other=0.0,
-    )
+    """Write the output and the log-sum-exp of one row's heads."""
     empty = total == 0.0
-    out = tl.sum(part * weight[:, None], 0) / tl.where(empty, 1.0, total)
-    out_at = Out + batch * o_b + head * o_h + row * o_n + dv
-    tl.store(out_at, out.to(Out.dtype.element_ty), mask=dv < DV)
+    total = tl.where(empty, 1.0, total)
+    out = acc / total[:, None]
+    out_at = Out + batch * o_b + (head * o_h)[:, None] + row * o_n + dv[None, :]
+    tl.store(out_at, out.to(Out.dtype.element_ty), mask=ok[:, None] & (dv < DV)[None, :])
     if HAS_LSE:
-        lse = (safe + tl.log2(tl.where(empty, 1.0, total))) / 1.4426950408889634
-        lse = tl.where(empty, float("-inf"), lse)
-        tl.store(Lse + batch * lse_b + head * lse_h + row, lse)
+        lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) / 1.4426950408889634)
+        tl.store(Lse + batch * lse_b + head * lse_h + row, lse, mask=ok)
 
 
 def decode(
@@ -128,9 +159,9 @@ def decode(
     out: Tensor,
     lse: Tensor | None,
     splits: int | None = None,
-    step: int = 64,
+    step: int = 32,
     warps: int = 4,
-    stages: int = 4,
+    stages: int = 6,
 ) -> None:
     """Attention of single rows over the keys of a plan with tiles of one row.
 
@@ -148,21 +179,21 @@ def decode(
     if splits is None:
         most = PROGRAMS // (tiles * call.lists * subs)
         splits = max(min(most, cdiv(cap, step), 128), 1)
-    shape = (tiles, call.lists * call.members, splits)
-    parts = torch.empty(*shape, value.shape[-1], dtype=torch.float32, device=query.device)
-    tops, sums = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
-    _split_kernel[(tiles * call.lists * subs, splits)](
-        call.query, call.key, call.value, call.bias, parts, tops, sums,
+    work = tiles * call.lists * subs
+    rows = work * splits * pack if splits > 1 else 0
+    parts, tops, sums = (
+        torch.empty(n, dtype=torch.float32, device=query.device)
+        for n in (rows * value.shape[-1], rows, rows)
+    )
+    done = torch.zeros(work if splits > 1 else 0, dtype=torch.int32, device=query.device)
+    _decode_kernel[(work, splits)](
+        call.query, call.key, call.value, call.bias, out, out if lse is None else lse,
+        parts, tops, sums, done,
         plan.index, plan.count, plan.batch, plan.row, plan.position, call.death,
-        *call.strides, key.shape[2], tiles, plan.index.shape[-1],
+        *call.strides, *out.stride()[:3], *((0, 0) if lse is None else lse.stride()[:2]),
+        key.shape[2], tiles, plan.index.shape[-1],
         call.lists, plan.index.shape[0], key.shape[1], call.bias_heads, call.factor,
         MEMBERS=call.members, PACK=pack, STEP=step, SPLITS=splits, BLOCK=plan.block,
-        RULE="causal" if plan.death is None else "death", STAGES=stages,
+        RULE="causal" if plan.death is None else "death", HAS_LSE=lse is not None, STAGES=stages,
         **call.sizes, **call.switches, num_warps=warps,
-    )  # fmt: skip
-    _merge_kernel[(tiles * call.lists * call.members,)](
-        parts, tops, sums, out, out if lse is None else lse, plan.batch, plan.row,
-        *out.stride()[:3], *((0, 0) if lse is None else lse.stride()[:2]),
-        call.lists * call.members, SPLITS=splits, SPLITS_PAD=next_power_of_2(splits),
-        DV=call.sizes["DV"], DV_PAD=call.sizes["DV_PAD"], HAS_LSE=lse is not None, num_warps=4,
     )  # fmt: skip

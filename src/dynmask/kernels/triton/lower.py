@@ -1,4 +1,4 @@
-"""Lowering on the device: key lists from lifetimes, block lists from scores, patterns from offsets.
+"""Lowering on the device: key lists from lifetimes, block lists from scores.
 
 Lists have a capacity that follows from the mask alone, so nothing waits for the device.
 """
@@ -18,7 +18,7 @@ SPAN = 4096
 LADDER = 16
 """Segments of one level that are filtered from one segment of the level above."""
 
-BLOCK = 1024
+BLOCK = 512
 """Keys that a program looks at in one step."""
 
 
@@ -86,19 +86,18 @@ def _filter_kernel(
         seen = (key < end) & (dies > begin)  # who dies before it lives is in no list above
         if FINAL:
             every = seen & (key <= begin) & (dies >= end)
-            edge = seen & (every == 0)
-            at = tl.where(
-                every,
-                whole + tl.cumsum(every.to(tl.int32), 0),
-                some + tl.cumsum(edge.to(tl.int32), 0),
-            )
-            whole += tl.sum(every.to(tl.int32), 0)
-            some += tl.sum(edge.to(tl.int32), 0)
+            # both counts in one scan: those of the boundary in the upper half of the word
+            both = tl.where(every, 1, tl.where(seen, 65536, 0))
+            before = tl.cumsum(both, 0) - both
+            at = tl.where(every, whole + (before & 65535), some + (before >> 16))
+            both = tl.sum(both, 0)
+            whole += both & 65535
+            some += both >> 16
         else:
-            at = some + tl.cumsum(seen.to(tl.int32), 0)
+            at = some + tl.cumsum(seen.to(tl.int32), 0) - 1
             some += tl.sum(seen.to(tl.int32), 0)
-            tl.store(ends + place * cap + at - 1, dies, mask=seen & (at <= cap))
-        tl.store(index + place * cap + at - 1, key, mask=seen & (at <= cap))
+            tl.store(ends + place * cap + at, dies, mask=seen & (at < cap))
+        tl.store(index + place * cap + at, key, mask=seen & (at < cap))
     tl.store(count + place, tl.minimum(some, cap))  # a bound that is too small loses keys, no more
     if FINAL:
         tl.store(full + place, tl.minimum(fulls, cap))
@@ -270,122 +269,3 @@ def block_plan(
         BLOCK=min(1024, next_power_of_2(max(cap, 1))), num_warps=4,
     )  # fmt: skip
     return index, full, count
-
-
-@triton.jit
-def _words_from(row, size, word):
-    """Bits of rows [row, size) in a word: the rows of a tile that see a vertical from row on."""
-    low = tl.minimum(tl.maximum(row - word * 32, 0), 32)
-    high = tl.minimum(tl.maximum(size - word * 32, 0), 32)
-    below_high = tl.where(high == 32, -1, (1 << tl.minimum(high, 31)) - 1)
-    below_low = tl.where(low == 32, -1, (1 << tl.minimum(low, 31)) - 1)
-    return below_high & ~below_low
-
-
-@triton.jit
-def _pattern_kernel(
-    offset, words, found_at, vertical, is_vertical, index, full, count, bits, position, rows,
-    offsets, verticals, heads, each, pattern_batch, keys, cap, edge_cap,
-    WORDS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Diagonals and verticals of one tile; a key on both is listed as the vertical that it is."""
-    t, head = tl.program_id(0), tl.program_id(1)
-    begin = tl.load(position + t)
-    size = tl.load(rows + t)
-    line = head.to(tl.int64) + pattern_batch * (t // each) * heads
-    out = head.to(tl.int64) * tl.num_programs(0) + t
-    there = tl.load(found_at + line)
-    fulls = 0
-    found = 0
-    for write in tl.static_range(2):
-        whole = 0
-        edge_count = 0
-        for start in range(0, verticals, BLOCK_V):
-            slot = start + tl.arange(0, BLOCK_V)
-            key = tl.load(vertical + line * verticals + slot, mask=slot < verticals, other=-1)
-            listed = (key >= 0) & (key < begin + size)
-            every = listed & (key <= begin)
-            edge = listed & (key > begin)
-            if write:
-                at = whole + tl.cumsum(every.to(tl.int32), 0) - 1
-                tl.store(index + out * cap + at, key, mask=every)
-                at = edge_count + tl.cumsum(edge.to(tl.int32), 0) - 1
-                tl.store(index + out * cap + fulls + at, key, mask=edge)
-                for word in tl.static_range(WORDS):
-                    seen = _words_from(key - begin, size, word)
-                    tl.store(bits + (out * edge_cap + at) * WORDS + word, seen, mask=edge)
-            whole += tl.sum(every.to(tl.int32), 0)
-            edge_count += tl.sum(edge.to(tl.int32), 0)
-        for start in range(0, there, BLOCK):
-            slot = start + tl.arange(0, BLOCK)
-            away = tl.load(offset + line * offsets + slot, mask=slot < there, other=2147483647)
-            key = begin - away
-            listed = (slot < there) & (key >= 0) & (key < keys)
-            listed &= tl.load(is_vertical + line * keys + key, mask=listed, other=1) == 0
-            some = slot < 0
-            every = listed
-            for word in tl.static_range(WORDS):
-                own = tl.load(words + (line * offsets + slot) * WORDS + word, mask=listed, other=0)
-                valid = _words_from(0, size, word)
-                some |= (own & valid) != 0
-                every &= (own & valid) == valid
-            edge = listed & some & (every == 0)
-            if write:
-                at = whole + tl.cumsum(every.to(tl.int32), 0) - 1
-                tl.store(index + out * cap + at, key, mask=every)
-                at = edge_count + tl.cumsum(edge.to(tl.int32), 0) - 1
-                tl.store(index + out * cap + fulls + at, key, mask=edge)
-                for word in tl.static_range(WORDS):
-                    own = tl.load(
-                        words + (line * offsets + slot) * WORDS + word, mask=edge, other=0
-                    )
-                    own &= _words_from(0, size, word)
-                    tl.store(bits + (out * edge_cap + at) * WORDS + word, own, mask=edge)
-            whole += tl.sum(every.to(tl.int32), 0)
-            edge_count += tl.sum(edge.to(tl.int32), 0)
-        fulls = whole
-        found = whole + edge_count
-    tl.store(full + out, fulls)
-    tl.store(count + out, found)
-
-
-def pattern_lists(
-    offset: Tensor,
-    words: Tensor,
-    found: Tensor,
-    vertical: Tensor,
-    is_vertical: Tensor,
-    position: Tensor,
-    rows: Tensor,
-    batch: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Key lists of tiles under diagonals and verticals, with the bit rule for their boundary.
-
-    Args:
-        offset: int32 [b or 1, heads, n], first row's position minus the key, where a tile meets a
-            diagonal; padding is beyond every position.
-        words: int32 [b or 1, heads, n, words of a tile], the rows that do.
-        found: int32 [b or 1, heads], offsets of each head.
-        vertical: int32 [b or 1, heads, m], key indices of the columns; negative padding.
-        is_vertical: bool [b or 1, heads, keys], the same set.
-        position, rows: int32 [t], of the tiles of ``batch`` batch rows, batch-major.
-        batch: batch rows.
-
-    Returns:
-        index: int32 [heads, t, n + m]; full and count: int32 [heads, t];
-        bits: int32 [heads, t, n + m, words of a tile].
-    """
-    patterns, heads, offsets = offset.shape
-    verticals, keys, t = vertical.shape[-1], is_vertical.shape[-1], position.shape[0]
-    cap, width = offsets + verticals, words.shape[-1]
-    index = torch.empty(heads, t, cap, dtype=torch.int32, device=offset.device)
-    full, count = (index.new_empty(heads, t) for _ in range(2))
-    bits = torch.empty(heads, t, cap, width, dtype=torch.int32, device=offset.device)
-    _pattern_kernel[(t, heads)](
-        offset.contiguous(), words.contiguous(), found.contiguous(), vertical.contiguous(),
-        is_vertical.contiguous().view(torch.uint8), index, full, count, bits, position, rows,
-        offsets, verticals, heads, t // batch, int(patterns > 1), keys, cap, cap,
-        WORDS=width, BLOCK=max(min(next_power_of_2(max(offsets, 1)), 1024), 32),
-        BLOCK_V=max(min(next_power_of_2(max(verticals, 1)), 1024), 32), num_warps=4,
-    )  # fmt: skip
-    return index, full, count, bits

@@ -1,0 +1,376 @@
+"""Multi-query associative recall for full attention, a sliding window, NSA, MLA and DMA.
+
+    python recipes/mqar.py --budget 8                 # minutes; cells in order of importance
+    python recipes/mqar.py --report                   # tables, and docs/mqar.png
+    python recipes/mqar.py --smoke
+
+The task is zoology's (arXiv 2312.04927): ``k1 v1 ... kD vD``, then a region where every key stands
+once more and its value is the answer; gaps follow a g^(a - 1) with a = 0.01, all else is random
+tokens. Every model is the same decoder of two layers with another mixer, of equal width, trained
+on equal data for equal steps; the learning rate is chosen from one grid, at the first case with
+the first seed, per mixer and width. A run that ends is taken up again by the same command: cells
+that have a row are not run again.
+
+The cases say what a cache of w keys can hold. ``scarce``: w is half of the values, so storing
+everything is impossible and a choice that does not know the question must lose answers;
+``published``: as many keys as values (512 pairs, w 512), where keeping all values suffices;
+``ample``: room for keys and values. Full attention, NSA and MLA keep something of
+every token and are no peers of equal memory. NSA and MLA are flash-linear-attention's layers
+(``pip install flash-linear-attention``); where they do not run, their row says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dma_common import RESULTS, ROOT, Loop, adamw, read_rows, run_cells, seed_of
+
+# isort: split
+import torch
+import torch.nn.functional as F
+from dma_decoder import Decoder, Shape, describe
+from torch import Tensor
+
+VOCABULARY = 8_192
+POWER = 0.01
+RATES = (1e-3, 3e-3)
+SEEDS = (0, 1, 2)
+WIDTHS = (128, 64, 256)
+TESTS = 8  # batches
+
+MIXERS: dict[str, dict[str, Any]] = {
+    "full": {"mixer": "full"},
+    "dma": {"mixer": "dma"},
+    "window": {"mixer": "window"},
+    "nsa": {"mixer": "nsa"},
+    "mla": {"mixer": "mla"},
+    "dma as published": {"mixer": "dma", "form": "exp", "start": 0.1, "window": 0,
+                         "retention_weight": 0.0},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task: its length, its pairs, and the keys that a query reads at most."""
+
+    name: str
+    length: int
+    pairs: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if 4 * self.pairs > self.length:
+            raise ValueError(
+                f"pairs: expected a quarter of {self.length} tokens at most, received "
+                f"{self.pairs}; the query region must hold every key and its value"
+            )
+
+
+CASES = (
+    Case("scarce", 512, 64, 32),
+    Case("ample", 2_048, 64, 136),
+    Case("published", 4_096, 512, 512),
+    Case("scarce", 2_048, 256, 128),
+    Case("published", 8_192, 512, 512),
+    Case("scarce", 8_192, 512, 256),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run."""
+
+    case: Case
+    mixer: str
+    hidden: int
+    seed: int
+    rate: float
+    steps: int = 2_000
+    tokens: int = 32_768  # of a step
+
+    def shape(self) -> Shape:
+        """Return the decoder of this cell."""
+        heads = max(1, self.hidden // 64)
+        settings = {
+            "window": 4, "sinks": 0, "retention_rows": 128, "retention_after": 8,
+            "latent": self.hidden // 2, **MIXERS[self.mixer],
+        }  # fmt: skip
+        return Shape(
+            vocabulary=VOCABULARY, hidden=self.hidden, layers=2, heads=heads, kv_heads=heads,
+            head_dim=min(64, self.hidden), intermediate=2 * self.hidden, width=self.case.width,
+            **settings,
+        )  # fmt: skip
+
+    def stage(self, progress: float) -> tuple[int, int]:
+        """Return (length, pairs) of this point: short first, the case itself from 65 % on.
+
+        Before that as many pairs as fit: with few candidates a model learns to guess.
+        """
+        lengths = [self.case.length]
+        while lengths[-1] > 64:
+            lengths.append(lengths[-1] // 2)
+        lengths.reverse()
+        at = len(lengths) - 1
+        if progress < 0.4:
+            at = 0
+        elif progress < 0.65:
+            at = min(at, 1 + int((progress - 0.4) / 0.25 * (at - 1)))
+        length = lengths[at]
+        pairs = self.case.pairs
+        return length, pairs if length == self.case.length else min(pairs, length // 4)
+
+    def __str__(self) -> str:
+        case = self.case
+        return (f"{case.name} {case.length} {self.mixer} width {self.hidden} seed {self.seed} "
+                f"rate {self.rate}")  # fmt: skip
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells this cell's row from the others'."""
+        return (*asdict(self.case).values(), self.mixer, self.hidden, self.seed, self.rate,
+                self.steps, self.tokens)  # fmt: skip
+
+
+def mqar(
+    rows: int, length: int, pairs: int, generator: torch.Generator, vocabulary: int = VOCABULARY
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (ids [rows, length], where [rows, pairs], answers [rows, pairs]).
+
+    Token ``where`` is a key for the second time; after it the model is to say ``answers``. Keys of
+    a row are distinct numbers of 1 to V/2 - 1, values distinct ones of V/2 to V - 1.
+
+    Args:
+        rows, length, pairs: sizes; the pairs take a quarter of the length at most.
+        generator: of the device where the tensors are made.
+        vocabulary: V.
+    """
+    device, half = generator.device, vocabulary // 2
+
+    def distinct(count: int) -> Tensor:
+        """``pairs`` different numbers below ``count``, in random order."""
+        noise = torch.rand(rows, count, generator=generator, device=device)
+        return noise.topk(pairs, dim=-1).indices
+
+    keys, values = distinct(half - 1) + 1, distinct(half) + half
+    space = (length - 2 * pairs) // 2
+    weight = POWER * torch.arange(1, space + 1, device=device).double() ** (POWER - 1)
+    # the largest of log weight + Gumbel noise: draws without replacement, in their order
+    noise = torch.empty(rows, space, device=device, dtype=torch.float64)
+    noise = noise.exponential_(generator=generator)
+    gaps = (weight.log() - noise.log()).topk(pairs, dim=-1).indices
+    ids = torch.randint(vocabulary, (rows, length), generator=generator, device=device)
+    ids[:, 0 : 2 * pairs : 2], ids[:, 1 : 2 * pairs : 2] = keys, values
+    where = 2 * pairs + 2 * gaps
+    ids.scatter_(1, where, keys)
+    return ids, where, values
+
+
+def answers_loss(model: Decoder, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return (mean loss of the answers, share of right ones)."""
+    ids, where, values = batch
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        hidden = model(ids)
+        asked = hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
+        logits = model.logits(asked.flatten(0, 1))
+    right = (logits.argmax(-1) == values.flatten()).float().mean()
+    return F.cross_entropy(logits, values.flatten()), right
+
+
+def train(cell: Cell, device: str, until: float) -> dict[str, Any] | None:
+    """Train and test one cell; None when the time was over before its end."""
+    torch.manual_seed(seed_of("mqar", cell.seed))
+    model = Decoder(cell.shape()).to(device)
+    loop = Loop(seed=cell.seed, steps=cell.steps, learning_rate=cell.rate,
+                warmup_steps=max(1, cell.steps // 20), decay_from=0.7)  # fmt: skip
+    optimizer = adamw(model, loop, 0.1, (0.9, 0.98))
+    generator = torch.Generator(device)
+    started = time.monotonic()
+    curve: list[tuple[int, int, Tensor]] = []
+    for step in range(cell.steps):
+        progress = step / cell.steps
+        length, pairs = cell.stage(progress)
+        generator.manual_seed(seed_of("mqar", cell.seed, step))
+        torch.manual_seed(seed_of("rows", cell.seed, step))
+        for group in optimizer.param_groups:
+            group["lr"] = loop.rate(step, progress)
+        loss, right = answers_loss(
+            model, mqar(max(1, cell.tokens // length), length, pairs, generator)
+        )
+        (loss + model.retention_loss()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % max(1, cell.steps // 20) == 0:
+            curve.append((step, length, right.detach()))
+            if time.time() > until:
+                return None
+    model.eval()
+    case, right, asked = cell.case, [], 0
+    with torch.no_grad():
+        for index in range(TESTS):
+            generator.manual_seed(seed_of("test", cell.seed, index))
+            rows = max(1, cell.tokens // case.length)
+            right.append(answers_loss(model, mqar(rows, case.length, case.pairs, generator))[1])
+            asked += rows * case.pairs
+    accuracy = float(torch.stack(right).mean())
+    return {"accuracy": accuracy, "questions": asked, "says": f"{accuracy:.1%}",
+            "curve": [(step, length, round(float(r), 4)) for step, length, r in curve],
+            "seconds": round(time.monotonic() - started, 1), **describe(model)}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- the cells
+
+
+def order(
+    steps: int,
+    tokens: int,
+    results: list[dict[str, Any]],
+    hidden: list[int],
+    mixers: list[str],
+) -> list[Cell]:
+    """Return the cells that can run now, the important first.
+
+    First the grid of learning rates, at the first case; the other cells take the best of it.
+    """
+    done = {tuple(row["key"]): row for row in results}
+    grid = [Cell(CASES[0], m, h, SEEDS[0], rate, steps, tokens)
+            for h in hidden for m in mixers for rate in RATES]  # fmt: skip
+    open_grid = [cell for cell in grid if cell.key not in done]
+    best: dict[tuple[str, int], float] = {}
+    for m, h in itertools.product(mixers, hidden):
+        tried = [done[c.key] for c in grid if (c.mixer, c.hidden) == (m, h) and c.key in done]
+        if len(tried) == len(RATES) and all("accuracy" in row for row in tried):
+            best[m, h] = max(tried, key=lambda row: row["accuracy"])["rate"]
+    rest = [
+        Cell(case, m, h, seed, best[m, h], steps, tokens)
+        for seed in SEEDS for h in hidden for case in CASES for m in mixers if (m, h) in best
+    ]  # fmt: skip
+    return [*open_grid, *(cell for cell in rest if cell.key not in done)]
+
+
+# -------------------------------------------------------------------------------------- the report
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[float]]:
+    """Return the accuracies of each (case, length, mixer, hidden), one a seed.
+
+    Of the grid's two learning rates the better counts.
+    """
+    best: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row in rows:
+        if "accuracy" in row:
+            case = row["case"]
+            name = (case["name"], case["length"], case["pairs"], case["width"], row["mixer"],
+                    row["hidden"])  # fmt: skip
+            seeds = best.setdefault(name, {})
+            seeds[row["seed"]] = max(seeds.get(row["seed"], 0.0), row["accuracy"])
+    return {name: [seeds[s] for s in sorted(seeds)] for name, seeds in best.items()}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return a markdown table: mean over seeds, and their range where there are several."""
+    found = summary(rows)
+    mixers = [m for m in MIXERS if any(name[4] == m for name in found)]
+    lines = ["| case | tokens | pairs | w | width | " + " | ".join(mixers) + " |",
+             "|" + "---|" * (5 + len(mixers))]  # fmt: skip
+    for case, hidden in itertools.product(CASES, sorted(WIDTHS)):
+        cells = []
+        for mixer in mixers:
+            values = found.get((*asdict(case).values(), mixer, hidden))
+            if not values:
+                cells.append("-")
+                continue
+            text = f"{100 * sum(values) / len(values):.1f}"
+            if len(values) > 1:
+                text += f" ({100 * min(values):.0f} to {100 * max(values):.0f})"
+            cells.append(text)
+        if any(cell != "-" for cell in cells):
+            lines.append(f"| {case.name} | {case.length:,} | {case.pairs} | {case.width} | "
+                         f"{hidden} | " + " | ".join(cells) + " |")  # fmt: skip
+    ran = {row["mixer"] for row in rows if "accuracy" in row}
+    errors = {(r["mixer"], r["error"]) for r in rows if "error" in r and r["mixer"] not in ran}
+    return "\n".join([*lines, "", *(f"{mixer} did not run: {why}" for mixer, why in errors)])
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw accuracy over model width, a panel for each case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = summary(rows)
+    cases = [case for case in CASES if any(n[:4] == tuple(asdict(case).values()) for n in found)]
+    columns = min(3, len(cases)) or 1
+    lines = math.ceil(len(cases) / columns) or 1
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(4 * columns, 3 * lines), squeeze=False, sharey=True
+    )
+    for axis, case in zip(axes.flat, cases, strict=False):
+        for index, mixer in enumerate(MIXERS):
+            points = {h: found.get((*asdict(case).values(), mixer, h)) for h in sorted(WIDTHS)}
+            points = {h: v for h, v in points.items() if v}
+            if points:
+                middle = [100 * sum(v) / len(v) for v in points.values()]
+                down = [m - 100 * min(v) for m, v in zip(middle, points.values(), strict=True)]
+                up = [100 * max(v) - m for m, v in zip(middle, points.values(), strict=True)]
+                axis.errorbar(list(points), middle, (down, up), label=mixer, color=f"C{index}",
+                              marker="o", capsize=2)  # fmt: skip
+        axis.set_title(f"{case.name}: {case.length:,} tokens, {case.pairs} pairs, w {case.width}",
+                       fontsize=9)  # fmt: skip
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted(WIDTHS), [str(h) for h in sorted(WIDTHS)])
+        axis.set_xlabel("model width")
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("right answers, %")
+    for axis in axes.flat[len(cases) :]:
+        axis.set_visible(False)
+    axes.flat[0].legend(fontsize=7)
+    device = next((row["device"]["name"] for row in rows if "device" in row), "")
+    figure.suptitle(f"MQAR, two layers, mean and range over seeds, {device}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Run cells, or report what has been run."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--budget", type=float, default=60.0, help="minutes")
+    parser.add_argument("--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)))
+    parser.add_argument("--steps", type=int, default=2_000)
+    parser.add_argument("--tokens", type=int, default=32_768, help="of a step")
+    parser.add_argument("--hidden", type=int, nargs="+", default=list(WIDTHS))
+    parser.add_argument("--mixers", nargs="+", default=list(MIXERS), choices=MIXERS)
+    parser.add_argument("--results", "--out", type=Path, default=RESULTS / "mqar.jsonl")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "mqar.png")
+    parser.add_argument("--report", action="store_true", help="table and plot of what there is")
+    parser.add_argument("--resume", action="store_true", help="as always: rows are kept")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes: does it run through?")
+    parser.add_argument("--commit", help="what is run, where git cannot tell")
+    options = parser.parse_args()
+    if options.smoke:
+        options.steps, options.tokens, options.hidden, options.jobs = 3, 512, [64], 1
+        options.budget = min(options.budget, 0.7)
+        if options.results.parent == RESULTS:
+            options.results, options.plot = Path("/tmp/mqar.jsonl"), Path("/tmp/mqar.png")
+    if not options.report:
+        run_cells(
+            lambda rows: order(options.steps, options.tokens, rows, options.hidden, options.mixers),
+            train, "mqar", options.results, options.budget, options.jobs, options.commit,
+        )  # fmt: skip
+    rows = read_rows(options.results)
+    print(table(rows))
+    if rows:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()

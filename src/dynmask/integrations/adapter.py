@@ -1,0 +1,297 @@
+"""One attention call of a transformers model: place its sequences, ask the policy, attend."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import attention
+from ..cache import Live
+from ..masks import LifetimeMask, Mask, PlacedMask
+from ..policies import Causal, Layer
+from ..policies.base import evicts
+from .cache import BoundedCache
+from .calls import NO_CALL, Call, take_call
+from .checks import check_call
+from .placement import Placement, is_linear
+from .rotary import unrotate_of
+
+
+class Site(NamedTuple):
+    """Which layer is called, by which policy it is ruled, and with what.
+
+    Attributes:
+        module: the attention module.
+        index: number of the layer.
+        policy: what decides.
+        where: its sequences.
+        scale: of the logits.
+        s_aux: the model's own attention sinks [h], or None.
+        call: what else the module was called with, for policies that evict.
+    """
+
+    module: nn.Module
+    index: int
+    policy: Any
+    where: Placement
+    scale: float
+    s_aux: Tensor | None
+    call: Call
+
+
+class Adapter:
+    """The attention function of one run, or of all converted models."""
+
+    def __init__(self, impl: str) -> None:
+        self._impl = impl
+        self._placements: dict[tuple[int, ...], tuple[weakref.ref[Tensor], Placement]] = {}
+
+    # what a run and converted models do differently
+
+    def _policy(self, module: nn.Module) -> Any:
+        """The policy of a layer; ValueError for a layer that is none of ours."""
+        raise NotImplementedError
+
+    def _note(self, site: Site, phase: str, query: Tensor, mask: Mask, bias: Tensor | None) -> None:
+        """Hear of an attention call that is about to be computed."""
+
+    def _measure(
+        self,
+        site: Site,
+        phase: str,
+        mask: Mask,
+        first_key: int,
+        query: Tensor,
+        key: Tensor | None,
+    ) -> None:
+        """Hear of one mask; ``key`` is None where the cache has evicted some."""
+
+    def _teach(self, site: Site, groups: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Hear of the queries, keys and values of each sequence of a call."""
+
+    # the attention function
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """The attention function: query [b, h, q, d], returns [b, q, h, dv]."""
+        policy = self._policy(module)
+        check_call(module, dropout, softcap, kwargs)
+        if torch.is_autocast_enabled(query.device.type):
+            # norms and the rotation may have computed in a wider dtype than the projections
+            query, key = query.to(value.dtype), key.to(value.dtype)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        call = take_call(module) if evicts(policy) else NO_CALL
+        where = self._placement(attention_mask, query, key, sliding_window)
+        index = int(module.layer_idx)  # type: ignore[arg-type]
+        site = Site(module, index, policy, where, scale, s_aux, call)
+        if isinstance(call.cache, BoundedCache):
+            linear = attention_mask is not None and is_linear(attention_mask)
+            out = self._bounded(site, call.cache, linear, query, key, value)
+        else:
+            out = self._place(site, query, key, value)
+        return out.transpose(1, 2).contiguous(), None
+
+    def _place(self, site: Site, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Ask the policy about each sequence, attend once: [b, h, q, dv]."""
+        where = site.where
+        batch, heads, queries, _ = query.shape
+        phase = "decode" if queries == 1 and where.has_past else "prefill"
+        if not where.spans:
+            return query.new_zeros(batch, heads, queries, value.shape[-1])
+        common = where.common(batch)
+        groups = (
+            [(slice(0, batch), *common)]
+            if common is not None
+            else [
+                (slice(s.batch, s.batch + 1), s, n)
+                for s, n in zip(where.spans, where.first_keys, strict=True)
+            ]
+        )
+        masks, biases, parts = [], [], []
+        for batches, span, first_key in groups:
+            q = query[batches, :, span.queries]
+            k, v = key[batches, :, span.keys], value[batches, :, span.keys]
+            unrotate = unrotate_of(site.module, site.call, batches, span.queries, first_key)
+            layer = Layer(site.index, first_key, unrotate)
+            mask, bias = self._ask(site, phase, layer, q, k, v)
+            self._measure(site, phase, mask, first_key, q, k)
+            masks.append(mask)
+            biases.append(bias)
+            parts.append((q, k, v))
+        self._teach(site, parts)
+        # Plain causal sequences are fastest one by one; others share one plan and one call.
+        if len(groups) > 1 and not all(m.is_causal for m in masks):
+            placed = PlacedMask(tuple(masks), where.spans, batch, queries, key.shape[2])
+            bias = None
+            if biases[0] is not None:
+                bias = biases[0].new_zeros(batch, biases[0].shape[1], key.shape[2])
+                for (batches, span, _), part in zip(groups, biases, strict=True):
+                    bias[batches, :, span.keys] = part
+            self._note(site, phase, query, placed, bias)
+            return self._compute(site, query, key, value, placed, bias)
+        self._note(site, phase, query, masks[0], biases[0])
+        out = None
+        for (batches, span, _), mask, bias, (q, k, v) in zip(
+            groups, masks, biases, parts, strict=True
+        ):
+            part = self._compute(site, q, k, v, mask, bias)
+            if part.shape[:3] == query.shape[:3]:
+                return part
+            if out is None:
+                out = query.new_zeros(batch, heads, queries, value.shape[-1])
+            out[batches, :, span.queries] = part
+        assert out is not None
+        return out
+
+    def _bounded(
+        self,
+        site: Site,
+        cache: BoundedCache,
+        linear: bool,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        """Attend over what the cache has kept and the new tokens: [b, h, q, dv]."""
+        policy, where = site.policy, site.where
+        store = cache.store(site.module, site.index, policy, where, linear, query.shape[0])
+        rows = slice(0, query.shape[0])
+        unrotate = unrotate_of(site.module, site.call, rows, slice(0, query.shape[2]), 0)
+        first_key = min(where.first_keys, default=0)
+        layer = Layer(site.index, first_key, unrotate)
+        own_window = _chooses(policy, site.index) and where.window is not None
+        if own_window:
+            scores = torch.zeros(key.shape[:3], device=key.device)
+        else:
+            with torch.no_grad():
+                scores = policy.scores(key, value, layer)
+        phase = "decode" if query.shape[2] == 1 and any(store.seen) else "prefill"
+
+        def compute(q: Tensor, live: Live, first: int) -> Tensor:
+            self._measure_live(site, phase, q, live, first, store.seen)
+            bias = None if own_window else policy.bias(live.scores, layer)
+            self._note(site, phase, q, live.mask, bias)
+            return self._compute(site, q, live.key, live.value, live.mask, bias)
+
+        return store.attend(query, key, value, scores, where.spans, compute=compute)
+
+    def _measure_live(
+        self, site: Site, phase: str, query: Tensor, live: Live, first: int, seen: list[int]
+    ) -> None:
+        """Tell of masks over live keys; the causal area is that of all keys."""
+        dropped = first + query.shape[2] - live.key.shape[2]
+        ragged = query.shape[2] == 1 and len(seen) == len(query) and len(set(seen)) > 1
+        if not ragged:
+            self._measure(site, phase, live.mask, dropped, query, None)
+            return
+        for row, count in enumerate(seen):
+            death = live.mask.death[row : row + 1] if live.mask.batch > 1 else live.mask.death
+            own = LifetimeMask(death, live.mask.queries, live.mask.plain, live.mask.most)
+            one = query[row : row + 1]
+            self._measure(site, phase, own, count - live.key.shape[2], one, None)
+
+    def _ask(
+        self, site: Site, phase: str, layer: Layer, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Mask, Tensor | None]:
+        """The mask of one sequence (or of equal ones), within the model's window, and a bias."""
+        policy, where = site.policy, site.where
+        keys, queries = key.shape[2], query.shape[2]
+        limited = where.window is not None and keys > where.window
+        chooses = _chooses(policy, site.index)
+        dense = (
+            isinstance(site.policy, Causal)
+            or (phase == "decode" and policy.phase == "prefill")
+            # what a layer's own window has dropped can no longer be ranked
+            or (chooses and where.window is not None)
+        )
+        own: Mask | None = None
+        if dense or limited:
+            # neither depends on the layer: made once per forward
+            size = keys, queries, limited, str(key.device)
+            own = where.memo.get(size)
+            if own is None:
+                own = LifetimeMask.causal(keys, queries, device=key.device)
+                if limited:
+                    assert where.window is not None
+                    own = LifetimeMask.window(keys, where.window, queries, device=key.device)
+                where.memo[size] = own
+            if dense:
+                return own, None
+        bias = None
+        if chooses:
+            trains = getattr(policy, "trains", False) and torch.is_grad_enabled()
+            with torch.set_grad_enabled(trains):
+                scores = policy.scores(key, value, layer)
+                bias = policy.bias(scores, layer)
+            mask: Any = policy.retention(site.index).mask(scores.detach(), queries)
+        else:
+            with torch.no_grad():
+                mask = policy(query.detach(), key.detach(), value.detach(), layer)
+        if not isinstance(mask, Mask) or (mask.keys, mask.queries) != (keys, queries):
+            got = f"{mask.queries} x {mask.keys}" if isinstance(mask, Mask) else type(mask).__name__
+            raise ValueError(
+                f"policy {policy.name}: expected a mask of {queries} queries x {keys} keys "
+                f"for layer {site.index}, received {got}; a policy answers for the tensors it is "
+                "given"
+            )
+        return (mask if own is None else mask & own), bias  # type: ignore[operator]
+
+    def _compute(
+        self,
+        site: Site,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask,
+        bias: Tensor | None,
+    ) -> Tensor:
+        scale, s_aux = site.scale, site.s_aux
+        if s_aux is None:
+            return attention(query, key, value, mask, bias, scale=scale, impl=self._impl)
+        out, lse = attention(
+            query, key, value, mask, bias, scale=scale, return_lse=True, impl=self._impl
+        )
+        # A sink is one more logit without a value: it only scales the softmax down.
+        share = torch.sigmoid(lse - s_aux.to(lse)[:, None])
+        return (out * share[..., None]).to(out.dtype)
+
+    def _placement(
+        self, mask: Tensor | None, query: Tensor, key: Tensor, sliding_window: int | None
+    ) -> Placement:
+        """Where the sequences lie; read from the device once for each mask and forward."""
+        batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+        if mask is None:
+            return Placement.dense(batch, queries, keys, sliding_window)
+        name = (id(mask), queries, keys, sliding_window or 0)
+        known = self._placements.get(name)
+        if known is not None and known[0]() is mask:
+            return known[1]
+        if is_linear(mask):
+            where = Placement.from_linear(mask, queries, keys)
+        else:
+            where = Placement.from_bool(mask, batch, queries, keys, sliding_window)
+        self._placements[name] = weakref.ref(mask), where
+        return where
+
+
+def _chooses(policy: Any, index: int) -> bool:
+    """Whether scores decide what a layer keeps, beyond sinks and a window."""
+    if not evicts(policy):
+        return False
+    retention = policy.retention(index)
+    return retention.most > retention.sinks + retention.window

@@ -1,0 +1,172 @@
+"""Slots for live keys: their tensors, how they grow, and what a batch does to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .retention import Retention
+
+FEWEST_SLOTS = 64
+"""Slots of a store that holds little; beyond, slots double until there are ``width``."""
+
+EMPTY = -1
+"""Position of a slot without a key."""
+
+
+class Slots:
+    """The memory of a :class:`dynmask.cache.KeyStore`.
+
+    Args:
+        retention: what a query reads; widths may differ between kv heads.
+        limit: a sliding window on top, its own key counted, or None.
+    """
+
+    def __init__(self, retention: Retention, limit: int | None = None) -> None:
+        self.retention = retention
+        self.limit = limit
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every key, the batch size too."""
+        self.seen: list[int] = []
+        """Tokens that each batch row has given so far, padding not counted."""
+        self._tensors: dict[str, Tensor] = {}
+
+    # what is in it
+
+    @property
+    def batch(self) -> int:
+        """Batch rows; 0 before the first call."""
+        return len(self.seen)
+
+    @property
+    def slots(self) -> int:
+        """Slots per row and head; the keys in them are never more than the head's width."""
+        return self.positions.shape[-1] if self._tensors else 0
+
+    @property
+    def keys(self) -> Tensor:
+        """[b, g, slots, d]."""
+        return self._tensors["keys"]
+
+    @property
+    def values(self) -> Tensor:
+        """[b, g, slots, dv]."""
+        return self._tensors["values"]
+
+    @property
+    def positions(self) -> Tensor:
+        """int32 [b, g, slots], position of each key in its sequence; -1 in empty slots."""
+        return self._tensors["positions"]
+
+    @property
+    def scores(self) -> Tensor:
+        """float32 [b, g, slots]."""
+        return self._tensors["scores"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(x.numel() * x.element_size() for x in self._tensors.values())
+
+    # the batch
+
+    def reorder(self, index: Tensor | Sequence[int]) -> None:
+        """Batch row i becomes what row ``index[i]`` was: beams, repeats, selections.
+
+        Waits for the device only where rows have seen different numbers of tokens.
+        """
+        if not self._tensors:
+            return
+        at = torch.as_tensor(index, device=self.keys.device)
+        if at.dtype == torch.bool:
+            at = at.nonzero().flatten()
+        same = len(set(self.seen)) == 1
+        self.seen = (
+            self.seen[:1] * len(at) if same else [self.seen[int(row)] for row in at.tolist()]
+        )
+        for name, x in self._tensors.items():
+            if name == "width":
+                continue
+            if len(at) == len(x):  # where it was, for captured CUDA graphs
+                x.copy_(x.index_select(0, at))
+            else:
+                self._tensors[name] = x.index_select(0, at)
+
+    def repeat(self, times: int) -> None:
+        """Each batch row ``times`` times, side by side."""
+        self.reorder([row for row in range(self.batch) for _ in range(times)])
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest ``tokens`` tokens of every row.
+
+        Raises:
+            ValueError: a row has evicted keys, which an earlier state would need.
+        """
+        if tokens < 0:
+            raise ValueError(f"crop: expected 0 or more tokens to forget, received {tokens}")
+        if tokens == 0 or not self._tensors:
+            return
+        narrowest = min(self._widths(self.keys.shape[1]))
+        if max(self.seen) > narrowest:
+            raise ValueError(
+                f"crop: expected at most {narrowest} tokens seen, nothing evicted yet, received "
+                f"{max(self.seen)}; evicted keys do not come back: run the prompt again, or keep "
+                "a copy.deepcopy of the cache from before"
+            )
+        self.seen = [max(s - tokens, 0) for s in self.seen]
+        # nothing was evicted: slots are in the order of positions
+        after = self._tensors["next"].sub_(tokens).clamp_(min=0)
+        self.positions.masked_fill_(self.positions >= after[:, None, None], EMPTY)
+
+    # memory
+
+    def _widths(self, heads: int) -> list[int]:
+        width = self.retention.width
+        if isinstance(width, int):
+            return [width] * heads
+        if len(width) != heads:
+            raise ValueError(
+                f"width: expected one for each of {heads} kv heads, received {len(width)}"
+            )
+        return list(width)
+
+    def _start(self, batch: int, key: Tensor, value: Tensor) -> None:
+        """Empty slots for a first call; a later one must fit them."""
+        if self._tensors:
+            stored, given = self.keys, key
+            same = (stored.shape[:2], stored.shape[3]) == ((batch, key.shape[1]), key.shape[3])
+            if not same or self.values.shape[3] != value.shape[3]:
+                raise ValueError(
+                    f"key, value: expected {tuple(stored.shape[:2])} batch rows and kv heads, head "
+                    f"dims {stored.shape[3]} and {self.values.shape[3]} as in the store, received "
+                    f"{tuple(given.shape)} and {tuple(value.shape)}; reset() it for a new batch"
+                )
+            return
+        heads, device = key.shape[1], key.device
+        widths = self._widths(heads)
+        self.seen = [0] * batch
+        whole = {"dtype": torch.int32, "device": device}
+        self._tensors = {
+            "keys": key.new_zeros(batch, heads, 0, key.shape[3], requires_grad=False),
+            "values": value.new_zeros(batch, heads, 0, value.shape[3], requires_grad=False),
+            "positions": torch.zeros(batch, heads, 0, **whole),
+            "scores": torch.zeros(batch, heads, 0, device=device),
+            "next": torch.zeros(batch, **whole),
+            "width": torch.tensor(widths, **whole),
+        }
+
+    def _reserve(self, slots: int) -> None:
+        """At least so many slots, doubling, never more than the largest width."""
+        if slots <= self.slots:
+            return
+        most = max(self._widths(self.keys.shape[1]))
+        size = min(max(1 << (slots - 1).bit_length(), FEWEST_SLOTS), most)
+        for name, fill in (("keys", 0), ("values", 0), ("positions", EMPTY), ("scores", 0)):
+            old = self._tensors[name]
+            new = old.new_full((*old.shape[:2], size, *old.shape[3:]), fill)
+            new[:, :, : old.shape[2]] = old
+            self._tensors[name] = new
