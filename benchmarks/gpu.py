@@ -86,7 +86,7 @@ def ours(data: Inputs) -> Variant:
 def plans_of(data: Inputs, mask: Mask) -> Iterator[Plan]:
     """The plans of a call, one range of rows after the other, as attention() makes them."""
     if impl_of(data.case, data.device) == "triton":
-        return _plans(data.query, mask)
+        return _plans(mask, data.query.shape[1] // max(mask.heads, 1))
     return iter([mask.lower()])
 
 

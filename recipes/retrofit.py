@@ -206,7 +206,7 @@ def wanted(recipe: Recipe) -> list[tuple[str, int]]:
     """
     pairs = [("full", 0)]
     for kind in KINDS[1:]:
-        pairs += [(kind, w) for w in recipe.widths if not kind.endswith("head") or w >= 256]
+        pairs += [(kind, w) for w in recipe.widths if "retained" not in kind or w >= 256]
     return pairs
 
 
