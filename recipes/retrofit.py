@@ -360,13 +360,15 @@ def record_goals(rows: list[dict[str, Any]]) -> None:
         ("needle", 16_384, 256, -0.01), ("needle", 32_768, 512, -0.01),
         ("document", 16_384, 1_024, -0.02),
     ):  # fmt: skip
-        found = [r for r in rows if name_of(r) == (task, length, "retained pair", width)]
+        kinds = ("retained pair", "retained pair per head")
+        found = [r for r in rows if name_of(r) in {(task, length, kind, width) for kind in kinds}]
         for row in found:
             if row.get("difference") is None:
                 continue
             record(
                 issue=3,
-                goal=f"retrofit of the frozen reference model, {task} at {length:,}, w {width}",
+                goal=f"retrofit of the frozen reference model, {task} at {length:,}, w {width}"
+                + (", a width for each head" if row["policy"].endswith("head") else ""),
                 metric="accuracy minus full attention's",
                 value=row["difference"],
                 target=target,
