@@ -117,7 +117,7 @@ def main():
             },
         )  # fmt: skip
     chunk = {"CHUNK": select.CHUNK}
-    compile_kernel("table", select._table_kernel, {"BUCKET": 256, "BINS": 256, **chunk})
+    compile_kernel("table", select._table_kernel, {"BUCKET": 2048, "BINS": 2048, **chunk})
     compile_kernel("boundary", select._boundary_kernel, {"BUCKET": 256, "BUCKETS": 128, **chunk})
     compile_kernel("deaths", select._death_kernel, {"WALK": 1024, "ROWS": 16, **chunk})
     for write in (False, True):

@@ -313,7 +313,7 @@ def test_masks_of_several_parts_are_lowered_without_waiting(kind):
 def test_policies_choose_on_the_gpu_what_they_choose_on_the_cpu(policy):
     from dynmask.policies import Layer
 
-    query, key, value = tensors(200, 200, torch.float32)
+    query, key, value = tensors(200, 200, torch.float32, dim=8)  # that of the score modules
     there = policy(query, key, value, Layer(0)).dense().cpu()
     here = policy(query.cpu(), key.cpu(), value.cpu(), Layer(0)).dense()
     # two devices may break a near tie differently

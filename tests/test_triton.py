@@ -162,6 +162,20 @@ def test_selection_at_any_size(keys, width, kind, dtype, seed):
     check_selection(scores.to(dtype), min(width, keys))
 
 
+@INTERPRETED
+@given(st.integers(1, 40), st.integers(0, 99))
+def test_selection_in_many_buckets_and_steps(width, seed):
+    """As at a million keys: more chunks than a step has bins, small buckets of ranks."""
+    from dynmask.kernels.triton import select
+
+    scores = torch.randn(1, 2, 700, generator=generator(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "CHUNK", 16)
+        patch.setattr(select, "MOST", 32)
+        death = select.lifetimes(scores, width)
+    assert torch.equal(death, lifetimes_of_top_w(scores, width))
+
+
 def test_selection_reads_scores_of_any_layout():
     scores = torch.randn(1, 140, 4, generator=generator(2)).transpose(1, 2)[:, ::2]
     check_selection(scores, 7)

@@ -22,6 +22,9 @@ CHUNK = 128
 """Queries of one chunk. A bracket holds at most 2 CHUNK keys of the prefix: those that leave the
 top w during the chunk, and those that come."""
 
+MOST = 2048
+"""Ranks of a bucket and chunks of a step at most: a histogram of more takes minutes to compile."""
+
 INF = tl.constexpr(2**31 - 1)
 
 
@@ -36,10 +39,16 @@ def _table_kernel(
     inside = place < n
     position = tl.load(order + row * n + place, mask=inside, other=0).to(tl.int32)
     tl.store(rank + row * n + position, place, mask=inside)
-    count = tl.cumsum(tl.histogram(position // CHUNK, BINS), 0)
-    count -= tl.sum((inside == 0).to(tl.int32), 0)  # places past the end were counted as key 0
-    at = tl.arange(0, BINS)
-    tl.store(table + (row * buckets + bucket) * chunks + at, count, mask=at < chunks)
+    before = 0
+    for part in range(0, chunks, BINS):
+        bin = position // CHUNK - part
+        here = inside & (bin >= 0) & (bin < BINS)
+        count = tl.cumsum(tl.histogram(tl.where(here, bin, 0), BINS), 0)
+        count -= tl.sum((here == 0).to(tl.int32), 0)  # the others were counted in the first bin
+        at = part + tl.arange(0, BINS)
+        line = table + (row * buckets + bucket) * chunks
+        tl.store(line + at, before + count, mask=at < chunks)
+        before += tl.sum(here.to(tl.int32), 0)
 
 
 @triton.jit
@@ -134,7 +143,7 @@ def lifetimes(scores: Tensor, width: int) -> Tensor:
     order = flat.nan_to_num(-inf, inf, -inf).sort(dim=-1, stable=True).indices
     rows = flat.shape[0]
     chunks = cdiv(n, CHUNK)
-    bucket = max(CHUNK, next_power_of_2(cdiv(n, 128)))
+    bucket = min(max(CHUNK, next_power_of_2(cdiv(n, 128))), MOST)
     buckets = cdiv(n, bucket)
 
     def empty(*shape: int) -> Tensor:
@@ -143,7 +152,7 @@ def lifetimes(scores: Tensor, width: int) -> Tensor:
     rank, death = empty(rows, n), empty(rows, n)
     table, border = empty(rows, buckets, chunks), empty(rows, chunks)
     bracket = empty(rows, chunks, 4 * CHUNK)
-    bins = max(next_power_of_2(chunks), 32)
+    bins = min(max(next_power_of_2(chunks), 32), MOST)
     _table_kernel[(buckets, rows)](
         order, rank, table, n, buckets, chunks,
         BUCKET=bucket, CHUNK=CHUNK, BINS=bins, num_warps=4,
