@@ -5,9 +5,10 @@
     python recipes/needle_dma.py --variant dma --smoke --out /tmp/needle
 
 The model, its data and its compiled pieces are those of ``train_reference.py``; what differs is
-here. Each of the variants below is a change of the recipe's data: full attention and a sliding
-window trained alike, the layer as published, and one part left out at a time. ``--resume`` goes on
-after a kill, ``--set width=256`` changes any field, rows go to
+here. Each of the variants is a change of the recipe's data (``VARIANTS`` of ``needle_model.py``):
+full attention and a sliding window trained alike, the layer as published, and one part left out at
+a time. ``--start models/dynmask-reference`` trains on from a model of full attention instead of
+from nothing, every variant from the same one. ``--resume`` goes on after a kill, ``--set width=256`` changes any field, rows go to
 ``benchmarks/results/needle_dma.jsonl``.
 
 Positions. RoPE fails at distances that training never showed. Keys in a cache of w could be given
@@ -57,7 +58,17 @@ from dma_common import (
 # isort: split
 import needle_evaluation as evaluation
 import torch
-from needle_model import VARIANTS, DmaTrainer, Feed, NeedleRecipe, Needles, dma_model, recipe_of
+from needle_model import (
+    VARIANTS,
+    DmaTrainer,
+    Feed,
+    NeedleRecipe,
+    Needles,
+    continued,
+    dma_model,
+    recipe_of,
+    start_from,
+)
 from reference_data import Batches, Corpus, build_corpus
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -90,7 +101,10 @@ def train(
     batches = Batches(Needles(corpus, recipe), recipe.seed, recipe.tokens, recipe.workers, ahead)
     try:
         ranks = Ranks(options.device)
-        model = dma_model(recipe).to(ranks.device)
+        model = dma_model(recipe)
+        if options.start is not None:
+            start_from(model, options.start / "model.safetensors")
+        model = model.to(ranks.device)
         loop = loop_of(recipe, options.steps)
         scaled = {"dynmask_score": recipe.score_rate}
         optimizer = adamw(model, loop, recipe.weight_decay, recipe.betas, scaled)
@@ -168,17 +182,19 @@ def run(name: str, options: argparse.Namespace) -> None:
         model, last = train(recipe, corpus, out, options)
     if int(os.environ.get("RANK", "0")):
         return
+    base = continued(NeedleRecipe()) if options.start else NeedleRecipe()
     changed = {k: v for k, v in asdict(recipe).items()
-               if v != getattr(NeedleRecipe(), k) and k not in ("workers", "tests")}  # fmt: skip
+               if v != getattr(base, k) and k not in ("workers", "tests")}  # fmt: skip
     for row in test(recipe, model, last, shared, options.test_minutes):
         append_row(options.results, {"recipe": "needle_dma", "variant": name, "seed": recipe.seed,
-                   "changed": changed, "minutes": recipe.minutes, **row,
+                   "start": options.start and options.start.name, "changed": changed, "minutes": recipe.minutes, **row,
                    **provenance(options.device, options.commit)})  # fmt: skip
 
 
 def settled(name: str, options: argparse.Namespace) -> NeedleRecipe:
     """Return the recipe that the command line asks for."""
-    recipe = replace(recipe_of(name, options.smoke), seed=options.seed)
+    recipe = recipe_of(name, options.smoke, go_on=options.start is not None)
+    recipe = replace(recipe, seed=options.seed)
     if options.minutes:
         recipe = replace(recipe, minutes=options.minutes)
     if options.workers:
@@ -218,6 +234,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", help="prompts to test")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "needle_dma")
     parser.add_argument("--results", type=Path, default=RESULTS / "needle_dma.jsonl")
+    parser.add_argument("--start", type=Path, metavar="MODEL",
+                        help="go on from this model of the reference's shape")  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--test-only", action="store_true", help="test what --out holds")
     parser.add_argument("--smoke", action="store_true", help="toy sizes: does it run through?")

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from dma_common import Ranks
 from dma_decoder import rotary_tables
 from reference_data import Author, Batches, Corpus
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from train_reference import Recipe, Trainer, _rotate, new_model
 
@@ -114,11 +116,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def recipe_of(name: str, smoke: bool = False) -> NeedleRecipe:
+def continued(recipe: NeedleRecipe) -> NeedleRecipe:
+    """Return the recipe for a model that attends already: no short sequences, smaller steps."""
+    return replace(
+        recipe, minutes=4.0, learning_rate=1e-3, warmup_steps=50, decay_from=0.3, facts=0.5,
+        stages=((2_064, 0.15), (4_128, 0.15), (8_256, 0.3), (16_512, 0.4)), dense_stages=1,
+    )  # fmt: skip
+
+
+def recipe_of(name: str, smoke: bool = False, go_on: bool = False) -> NeedleRecipe:
     """Return the recipe of a variant, at toy sizes for ``smoke``."""
     if name not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, received {name!r}")
-    recipe = replace(NeedleRecipe(), **VARIANTS[name])
+    base = continued(NeedleRecipe()) if go_on else NeedleRecipe()
+    recipe = replace(base, **VARIANTS[name])
     if not smoke:
         return recipe
     return replace(
@@ -219,6 +230,22 @@ def dma_model(recipe: NeedleRecipe) -> Any:
                 nn.init.constant_(score.A, recipe.start)
             layer.self_attn.dynmask_score = score
     return model
+
+
+def start_from(model: nn.Module, path: Path) -> None:
+    """Load a trained model's weights [safetensors]; score modules keep their initial values."""
+    tensors = load_file(str(path))
+    own = {k: v for k, v in model.named_parameters() if "dynmask_score" not in k}
+    odd = [k for k in own.keys() | tensors.keys()
+           if k not in own or k not in tensors or own[k].shape != tensors[k].shape]  # fmt: skip
+    if odd:
+        raise ValueError(
+            f"{path}: expected the weights of this recipe's model, received others (missing, "
+            f"unknown or of another size: {', '.join(sorted(odd)[:4])}); pass a model of its shape"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
 
 
 class DmaTrainer(Trainer):
