@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.timing import Clock
-from benchmarks.tune import DIM, GROUPS, HEADS, SMALL, inputs, tensors_of
+from benchmarks.tune import DIM, GROUPS, HEADS, inputs, tensors_of
 from dynmask import LifetimeMask, Mask, attention
 from dynmask.kernels.triton.backward import KeyConfig, RowConfig, keys_backward, rows_backward
 from dynmask.kernels.triton.prefill import prefill
@@ -121,9 +121,12 @@ class Case:
         return lambda: keys_backward(*inputs, self.slope, self.lse, self.delta, *results, 0, config)
 
 
-def compile_some(kind: str, chosen: list[Candidate]) -> None:
-    """Run candidates once on a short input, which leaves the compiled kernels on disk."""
-    case = Case(kind, SMALL)
+def compile_some(kind: str, keys: int, chosen: list[Candidate]) -> None:
+    """Run candidates once, which leaves the compiled kernels on disk.
+
+    On the real sizes: kernels are compiled anew for sizes that divide by 16.
+    """
+    case = Case(kind, keys)
     for candidate in chosen:
         try:
             case.run(candidate)()
@@ -132,8 +135,8 @@ def compile_some(kind: str, chosen: list[Candidate]) -> None:
             print("compile", candidate, type(error).__name__, str(error)[:80], flush=True)
 
 
-def tune(kind: str, keys: int, rounds: int, deadline: float) -> list[dict[str, Any]]:
-    """Every candidate, fastest first."""
+def tune(kind: str, keys: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Every candidate, fastest first; timing ends after ``seconds``."""
     case, runs = Case(kind, keys), {}
     for candidate in candidates():
         if candidate[0] == "rows" and kind == "causal" and candidate[1] != 128:
@@ -147,6 +150,7 @@ def tune(kind: str, keys: int, rounds: int, deadline: float) -> list[dict[str, A
             print(kind, candidate, type(error).__name__, str(error)[:80], flush=True)
     clock = Clock(case.query.device)
     taken: dict[Candidate, list[float]] = {candidate: [] for candidate in runs}
+    deadline = time.monotonic() + seconds  # what is not on disk was compiled above
     for _ in range(rounds):
         for candidate, run in runs.items():
             if time.monotonic() < deadline:
@@ -210,7 +214,7 @@ def main() -> None:
     chosen = candidates()
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         parts = [chosen[i :: args.jobs] for i in range(args.jobs)]
-        for done in [pool.submit(compile_some, args.kind[0], part) for part in parts]:
+        for done in [pool.submit(compile_some, args.kind[0], args.keys, part) for part in parts]:
             try:
                 done.result()
             except Exception as error:
@@ -219,7 +223,7 @@ def main() -> None:
     for kind in args.kind:
         for part in (
             lambda kind=kind: whole(kind, args.keys, args.rounds),
-            lambda kind=kind: tune(kind, args.keys, args.rounds, time.monotonic() + args.seconds),
+            lambda kind=kind: tune(kind, args.keys, args.rounds, args.seconds),
         ):
             try:
                 rows += part()

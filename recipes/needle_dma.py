@@ -8,8 +8,8 @@ The model, its data and its compiled pieces are those of ``train_reference.py``;
 here. Each of the variants is a change of the recipe's data (``VARIANTS`` of ``needle_model.py``):
 full attention and a sliding window trained alike, the layer as published, and one part left out at
 a time. ``--start models/dynmask-reference`` trains on from a model of full attention instead of
-from nothing, every variant from the same one. ``--resume`` goes on after a kill, ``--set width=256`` changes any field, rows go to
-``benchmarks/results/needle_dma.jsonl``.
+from nothing, every variant from the same one. ``--resume`` goes on after a kill, ``--set
+width=256`` changes any field, rows go to ``benchmarks/results/needle_dma.jsonl``.
 
 Positions. RoPE fails at distances that training never showed. Keys in a cache of w could be given
 positions by their rank in it, but then a key's rotation depends on the query that reads it, and
@@ -187,8 +187,8 @@ def run(name: str, options: argparse.Namespace) -> None:
                if v != getattr(base, k) and k not in ("workers", "tests")}  # fmt: skip
     for row in test(recipe, model, last, shared, options.test_minutes):
         append_row(options.results, {"recipe": "needle_dma", "variant": name, "seed": recipe.seed,
-                   "start": options.start and options.start.name, "changed": changed, "minutes": recipe.minutes, **row,
-                   **provenance(options.device, options.commit)})  # fmt: skip
+                   "start": options.start and options.start.name, "changed": changed,
+                   "minutes": recipe.minutes, **row, **provenance(options.device, options.commit)})  # fmt: skip
 
 
 def settled(name: str, options: argparse.Namespace) -> NeedleRecipe:

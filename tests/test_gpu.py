@@ -252,6 +252,45 @@ def test_a_captured_step_reads_the_lists_that_it_finds(kind):
         torch.testing.assert_close(out.double(), truth, rtol=2e-2, atol=2e-2)
 
 
+def test_a_captured_training_step_of_a_layer_gives_the_gradients_of_an_eager_one():
+    """Selection, forward, retention loss on rows drawn anew, and every gradient, in one graph."""
+    from dynmask.nn import DynamicMaskAttention, collect_retention_loss
+
+    torch.manual_seed(0)
+    layer = DynamicMaskAttention(64, 4, 2, 32, width=96, window=32, form="bounded").cuda()
+    x, slope = torch.randn(2, 700, 64, device="cuda"), torch.randn(2, 700, 64, device="cuda")
+
+    def step():
+        layer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            out, _ = layer(x)
+        loss = collect_retention_loss(layer)
+        ((out.float() * slope).sum() + loss).backward()
+        return loss.detach()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compile before the capture
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    captured = [p.grad for p in layer.parameters()]
+    losses = []
+    for seed in range(3):
+        x.normal_()
+        torch.manual_seed(seed)
+        graph.replay()
+        found = [g.clone() for g in captured]
+        losses.append(float(loss))
+        torch.manual_seed(seed)
+        torch.testing.assert_close(step(), loss)
+        for got, p in zip(found, layer.parameters(), strict=True):
+            assert (got - p.grad).norm() < 1e-2 * p.grad.norm()
+    assert len(set(losses)) == 3
+
+
 @pytest.mark.parametrize("queries", [700, 1])
 def test_selection_lowering_and_attention_are_one_graph(queries):
     def run(query, key, value, scores):

@@ -74,7 +74,9 @@ def retention_loss_of(
     normalised over the keys, and the softmax of the scores over the same keys. Its gradient
     reaches the scores alone. Extra memory is O(keys), never N x N.
 
-    Rows come from torch's default generator, so that gradient checkpointing draws them again.
+    Rows come from torch's default generator of the tensors' device, so that gradient checkpointing
+    draws them again and a captured CUDA graph draws new ones at every replay. Nothing waits for
+    the device.
 
     Args:
         query: [b, h, q, d], the last q positions, as attention takes it (rotated).
@@ -101,18 +103,19 @@ def retention_loss_of(
     first = max(keys - queries, sinks + after)
     if first >= keys:
         return scores.sum() * 0
-    drawn = _draw(first, keys, rows, late)
-    stop = int(drawn[-1]) - after + 1
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    device = query.device.type
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(query.device.type, enabled=False):
         with torch.no_grad():
-            place = drawn.to(query.device, non_blocking=True)
-            worth = _worth(query, key, place, after, factor)
-            worth = worth[..., sinks:stop].to(scores.dtype)
+            drawn = _draw(first, keys, rows, late, query.device)
+            worth = _worth(query, key, drawn, after, factor).to(scores.dtype)
+            # What follows the last row's reach is judged by none. It is masked, not cut off: its
+            # length is known on the device only, and a captured graph draws other rows each time.
+            k = torch.arange(keys, device=key.device)
+            unjudged = (k > drawn[-1] - after) | (k < sinks)
+            worth = worth.masked_fill(unjudged, 0)
             worth = worth / worth.sum(-1, keepdim=True)
-        expected = scores[..., sinks:stop].log_softmax(-1)
-        return -(worth * expected).sum(-1).mean()
+        expected = scores.masked_fill(unjudged, float("-inf")).log_softmax(-1)
+        return -(worth * expected.masked_fill(unjudged, 0)).sum(-1).mean()
 
 
 def collect_retention_loss(module: nn.Module) -> Tensor:
@@ -164,22 +167,21 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _draw(first: int, stop: int, rows: int, late: float) -> Tensor:
-    """Positions of the drawn rows, ascending, out of [first, stop): int64 on the CPU."""
+def _draw(first: int, stop: int, rows: int, late: float, device: torch.device) -> Tensor:
+    """Positions of the drawn rows, ascending, out of [first, stop): int64."""
     split = max(first, stop - LATE_ROWS)
     end = min(math.ceil(late * rows), stop - split)
     rest = min(rows - end, split - first)
     end = min(rows - rest, stop - split)
-    return torch.cat([_one_of_each(first, split, rest), _one_of_each(split, stop, end)])
+    early = _one_of_each(first, split, rest, device)
+    return torch.cat([early, _one_of_each(split, stop, end, device)])
 
 
-def _one_of_each(first: int, stop: int, parts: int) -> Tensor:
+def _one_of_each(first: int, stop: int, parts: int, device: torch.device) -> Tensor:
     """Cut [first, stop) into equal parts and draw one position of each, ascending."""
-    if parts == 0:
-        return torch.zeros(0, dtype=torch.int64)
-    borders = first + torch.arange(parts + 1) * (stop - first) // parts
-    size = borders.diff()
-    return borders[:-1] + (torch.rand(parts, dtype=torch.float64) * size).long()
+    borders = first + torch.arange(parts + 1, device=device) * (stop - first) // max(parts, 1)
+    share = torch.rand(parts, dtype=torch.float64, device=device)
+    return borders[:-1] + (share * borders.diff()).long()
 
 
 def _worth(query: Tensor, key: Tensor, drawn: Tensor, after: int, scale: float) -> Tensor:
