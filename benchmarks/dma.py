@@ -2,8 +2,10 @@
 
 A training step is selection of the exact running top w from scores, attention with the scores as
 bias, and every gradient; full attention's is SDPA forward and backward by cuDNN and by
-FlashAttention-2. A decoded token goes through ``dynmask.cache.KeyStore``. Before anything is timed
-the gradients are compared with the dense oracle's at a smaller length.
+FlashAttention-2. A decoded token goes through ``dynmask.cache.KeyStore``. A prompt of a million
+tokens is read by the reference model with DMA layers, 8,192 at a time, through
+``dynmask.BoundedCache``: its peak memory is compared with that of the first 8,192. Before anything
+is timed the gradients are compared with the dense oracle's at a smaller length.
 
     python benchmarks/dma.py                             # where a GPU is
     python benchmarks/dma.py --device cpu --smoke --out /tmp/trial
@@ -35,6 +37,7 @@ from dynmask.evals.provenance import machine
 from dynmask.retention import Retention
 
 RESULTS = Path(__file__).parent / "results"
+MODEL = Path(__file__).parent.parent / "models" / "dynmask-reference"
 HEADS, GROUPS, DIM = 32, 8, 128
 TOLERANCE = 2e-2
 """Relative error in the Frobenius norm that a bfloat16 gradient may have."""
@@ -66,6 +69,7 @@ class Step:
 STEPS = (Step(8192, 1024, 0.0, 10), Step(32768, 1024, 6.0, 8), Step(131072, 2048, 14.0, 4))
 POSITIONS = (8_192, 65_536, 262_144, 1_048_576)
 WIDTH, CHUNK, TOKENS = 2_048, 8_192, 200
+PROMPT = "reference model with DMA layers"
 
 
 @dataclass
@@ -256,6 +260,49 @@ def decode(
     return rows
 
 
+def prompt(lengths: tuple[int, ...], width: int, chunk: int, device: torch.device) -> list[Row]:
+    """The reference model with DMA layers reads one prompt; memory and seconds at each length."""
+    from transformers import AutoModelForCausalLM
+
+    import dynmask
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).to(device).eval()
+    model = dynmask.convert(model, width=width, window=min(128, width // 4), form="bounded")
+    g = torch.Generator().manual_seed(3)
+    ids = torch.randint(model.config.vocab_size, (1, lengths[-1]), generator=g)
+    rows: list[Row] = []
+    with torch.inference_mode():
+        # everything is compiled and every workspace taken before anything is measured
+        for part in ids[:, : 2 * chunk].split(chunk, 1):
+            warm = dynmask.BoundedCache(model)
+            model(part.to(device), past_key_values=warm, logits_to_keep=1)
+        del warm
+        cache, seconds, read, most = dynmask.BoundedCache(model), 0.0, 0, 0
+        base = None
+        for length in lengths:
+            start = time.perf_counter()
+            with PeakMemory(device) as peak:
+                base = peak.start if base is None else base
+                for part in ids[:, read:length].split(chunk, 1):
+                    model(part.to(device), past_key_values=cache, logits_to_keep=1)
+            seconds += time.perf_counter() - start
+            read, most = length, max(most, peak.start - base + peak.bytes)
+            rows.append(
+                {
+                    "case": f"prompt of {length:,}",
+                    "variant": PROMPT,
+                    "keys": length,
+                    "width": width,
+                    "chunk": chunk,
+                    "median_s": seconds,
+                    "rounds": 1,
+                    "peak_bytes": most,
+                    "cache_bytes": cache.nbytes,
+                }
+            )
+    return rows
+
+
 def show(rows: Iterable[Row]) -> None:
     """One line per row."""
     for row in rows:
@@ -306,6 +353,15 @@ def record_goals(rows: list[Row], here: Row, out: Path, device: torch.device) ->
         note = "keys and values alone 512x; the rest is a position and a score for each slot"
         say(f"cache at 1,048,576, w {WIDTH}, smaller than the full one by", "ratio", size, 512,
             "higher", note)  # fmt: skip
+    ends = [found.get((f"prompt of {n:,}", PROMPT)) for n in (POSITIONS[0], POSITIONS[-1])]
+    if ends[0] and ends[1]:
+        ratio = ends[1]["peak_bytes"] / ends[0]["peak_bytes"]
+        note = (
+            f"{ends[1]['peak_bytes'] / 1e6:,.1f} MB beside the weights, cache "
+            f"{ends[1]['cache_bytes'] / 1e6:,.1f} MB, {ends[1]['median_s']:.1f} s"
+        )
+        goal = f"reference model with DMA layers, w {WIDTH}: peak memory of a prompt of 1,048,576"
+        say(f"{goal} over that of its first 8,192", "ratio", ratio, 1.05, "lower", note)
 
 
 def main() -> None:
@@ -315,7 +371,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--commit", default="", help="what is measured, where git cannot tell")
-    parser.add_argument("--only", choices=("train", "decode"))
+    parser.add_argument("--only", choices=("train", "decode", "prompt"))
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to try the runner")
     args = parser.parse_args()
     if args.smoke and args.out.resolve() == RESULTS.resolve():
@@ -327,7 +383,7 @@ def main() -> None:
     clock, here = Clock(device), machine(device)
     here["commit"] = args.commit or here["commit"]
     rows: list[Row] = []
-    if args.only != "decode":
+    if args.only in (None, "train"):
         error = check(device, 128 if args.smoke else 2048)
         if not error < TOLERANCE:
             raise SystemExit(f"refused: gradients are off by {error:.1e}")
@@ -338,10 +394,14 @@ def main() -> None:
             if clock.gpu:
                 torch.cuda.empty_cache()
             show(row for row in rows if row["case"] == step.name)
-    if args.only != "train":
+    if args.only in (None, "decode"):
         sizes = ((64, 256), 32, 64, 5) if args.smoke else (POSITIONS, WIDTH, CHUNK, TOKENS)
         rows += decode(*sizes, clock, device)
         show(row for row in rows if row["case"].startswith("decode"))
+    if args.only in (None, "prompt"):
+        sizes = ((128, 512), 64, 128) if args.smoke else (POSITIONS, WIDTH, CHUNK)
+        rows += prompt(*sizes, device)
+        show(row for row in rows if row["case"].startswith("prompt"))
     new = {(row["case"], row["variant"]) for row in rows}
     file = args.out / "dma.jsonl"
     kept = [row for row in rows_of(file) if (row["case"], row["variant"]) not in new]

@@ -36,33 +36,33 @@ Candidate = tuple[str, int, Any]
 TILES = (512, 1024, 2048, 4096)
 
 KEYS = [
-    KeyConfig(128, 64, 8, 2),
-    KeyConfig(128, 64, 8, 1),
-    KeyConfig(128, 64, 8, 3),
-    KeyConfig(128, 32, 8, 2),
-    KeyConfig(128, 32, 8, 3),
-    KeyConfig(128, 128, 8, 1),
     KeyConfig(64, 64, 4, 2),
+    KeyConfig(64, 64, 4, 3),
     KeyConfig(64, 64, 4, 1),
-    KeyConfig(64, 64, 8, 2),
+    KeyConfig(64, 64, 4, 2, 224),
+    KeyConfig(64, 64, 4, 1, 168),
+    KeyConfig(64, 128, 4, 1),
     KeyConfig(64, 32, 4, 2),
-    KeyConfig(64, 32, 4, 3),
-    KeyConfig(64, 128, 8, 1),
+    KeyConfig(64, 32, 4, 3, 168),
+    KeyConfig(32, 64, 4, 2),
+    KeyConfig(128, 64, 8, 1),
+    KeyConfig(128, 64, 8, 2),
+    KeyConfig(128, 32, 8, 2, 128),
 ]
 
 ROWS = [
-    (64, RowConfig(128, 64, 8, 2)),
-    (64, RowConfig(128, 64, 8, 1)),
-    (64, RowConfig(128, 64, 8, 3)),
-    (64, RowConfig(128, 32, 8, 2)),
-    (64, RowConfig(128, 32, 8, 3)),
-    (64, RowConfig(128, 32, 8, 2, 128)),
     (64, RowConfig(64, 64, 4, 2)),
-    (64, RowConfig(64, 32, 4, 2)),
-    (64, RowConfig(64, 32, 4, 3, 168)),
-    (64, RowConfig(64, 64, 4, 1)),
-    (128, RowConfig(128, 64, 8, 2)),
-    (32, RowConfig(128, 64, 8, 2)),
+    (64, RowConfig(64, 64, 4, 3)),
+    (64, RowConfig(64, 64, 4, 2, 168)),
+    (64, RowConfig(64, 64, 4, 2, 224)),
+    (64, RowConfig(64, 32, 4, 3)),
+    (64, RowConfig(64, 32, 4, 2, 168)),
+    (64, RowConfig(64, 128, 4, 1)),
+    (64, RowConfig(128, 32, 8, 2, 128)),
+    (64, RowConfig(128, 32, 8, 3, 128)),
+    (64, RowConfig(128, 64, 8, 2)),
+    (128, RowConfig(64, 64, 4, 2)),
+    (32, RowConfig(64, 64, 4, 2)),
 ]
 
 
@@ -71,7 +71,7 @@ def candidates() -> list[Candidate]:
     out: list[Candidate] = [("forward", 64, None)]
     out += [("rows", tile, config) for tile, config in ROWS]
     out += [("keys", 1024, config) for config in KEYS]
-    likely = [KEYS[0], KEYS[3], KEYS[6]]
+    likely = [KEYS[0], KEYS[2], KEYS[9]]
     out += [("keys", tile, config) for tile in TILES if tile != 1024 for config in likely]
     return out
 

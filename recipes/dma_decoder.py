@@ -23,7 +23,9 @@ class Shape:
     """A decoder: width, depth, heads, and which mixer reads how many keys.
 
     ``width`` is the keys a query reads (window, DMA, NSA); MLA's latent takes ``latent`` numbers
-    a token, and NSA's 16 query heads share one kv head, which its kernel asks for.
+    a token, and NSA's 16 query heads share one kv head, which its kernel asks for. ``shifts`` is
+    how many tokens before its own the input of every mixer sums up, each weighted by channel (a
+    short convolution); 0 leaves it out.
     """
 
     mixer: str
@@ -44,6 +46,7 @@ class Shape:
     retention_after: int = 128
     latent: int = 64
     rope_theta: float = 1e5
+    shifts: int = 0
 
     def __post_init__(self) -> None:
         if self.mixer not in MIXERS:
@@ -169,6 +172,15 @@ def _feed(
     return x + F.linear(F.silu(gate) * up, closed.to(dtype))
 
 
+def _short_convolution(y: Tensor, weight: Tensor) -> Tensor:
+    """y [b, n, c] and the tokens before it, weighted by ``weight`` [tokens before, c]."""
+    n = y.shape[1]
+    out = y
+    for i, w in enumerate(weight.to(y.dtype), 1):
+        out = out + F.pad(y, (0, 0, i, 0))[:, :n] * w
+    return out
+
+
 class Decoder(nn.Module):
     """A pre-norm decoder, SwiGLU, tied embeddings, fan-in initialisation.
 
@@ -188,11 +200,14 @@ class Decoder(nn.Module):
         self.closed = nn.ParameterList(
             [nn.Parameter(torch.empty(shape.hidden, shape.intermediate))
              for _ in range(shape.layers)])  # fmt: skip
+        self.before = nn.ParameterList(
+            [nn.Parameter(torch.empty(shape.shifts, shape.hidden)) for _ in self.mixers]
+            if shape.shifts else [])  # fmt: skip
         self.feed = torch.compile(_feed) if compiled else _feed
         for name, weight in self.named_parameters():
             if weight.dim() < 2 or ".score." in name:
                 continue
-            scale = weight.shape[1] ** -0.5
+            scale = 0.5 if name.startswith("before.") else weight.shape[1] ** -0.5
             if "closed" in name or "o_proj" in name:
                 scale /= math.sqrt(2 * shape.layers)
             nn.init.normal_(weight, std=scale)
@@ -206,6 +221,8 @@ class Decoder(nn.Module):
         tables = rotary_tables(where, self.shape.head_dim, self.shape.rope_theta, dtype)
         for index, mixer in enumerate(self.mixers):
             y = _normed(x, self.norms[2 * index], dtype)
+            if self.shape.shifts:
+                y = _short_convolution(y, self.before[index])
             if self.shape.mixer in ("nsa", "mla"):
                 mixed = mixer(y, attention_mask=None)[0]
             else:

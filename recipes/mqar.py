@@ -7,9 +7,12 @@
 The task is zoology's (arXiv 2312.04927): ``k1 v1 ... kD vD``, then a region where every key stands
 once more and its value is the answer; gaps follow a g^(a - 1) with a = 0.01, all else is random
 tokens. Every model is the same decoder of two layers with another mixer, of equal width, trained
-on equal data for equal steps; the learning rate is chosen from one grid, at the first case with
-the first seed, per mixer and width. A run that ends is taken up again by the same command: cells
-that have a row are not run again.
+on equal data for equal steps. Before each mixer stands the same short convolution over the two
+tokens before: without it, finding the token before takes most of the training (on a GPU full
+attention answered 17 % of the first case after 2,000 steps; with it, on a CPU, 98 % of 16 pairs
+in 64 tokens, vocabulary 2,048, after 200). The learning rate is chosen from one grid, at the first
+case with the first seed, per mixer and width. A run that ends is taken up again by the same
+command: cells that have a row are not run again.
 
 The cases say what a cache of w keys can hold. ``scarce``: w is half of the values, so storing
 everything is impossible and a choice that does not know the question must lose answers;
@@ -51,7 +54,7 @@ from torch import Tensor
 
 VOCABULARY = 8_192
 POWER = 0.01
-RATES = (1e-3, 3e-3)
+RATES = (1e-2, 3e-3)
 SEEDS = (0, 1, 2)
 WIDTHS = (128, 64, 256)
 TESTS = 8  # batches
@@ -60,10 +63,10 @@ MIXERS: dict[str, dict[str, Any]] = {
     "full": {"mixer": "full"},
     "dma": {"mixer": "dma"},
     "window": {"mixer": "window"},
-    "nsa": {"mixer": "nsa"},
     "mla": {"mixer": "mla"},
     "dma as published": {"mixer": "dma", "form": "exp", "start": 0.1, "window": 0,
                          "retention_weight": 0.0},
+    "nsa": {"mixer": "nsa"},
 }  # fmt: skip
 
 
@@ -103,15 +106,15 @@ class Cell:
     hidden: int
     seed: int
     rate: float
-    steps: int = 2_000
-    tokens: int = 32_768  # of a step
+    steps: int = 1_500
+    tokens: int = 16_384  # of a step
 
     def shape(self) -> Shape:
         """Return the decoder of this cell."""
         heads = max(1, self.hidden // 64)
         settings = {
             "window": 4, "sinks": 0, "retention_rows": 128, "retention_after": 8,
-            "latent": self.hidden // 2, **MIXERS[self.mixer],
+            "latent": self.hidden // 2, "shifts": 2, **MIXERS[self.mixer],
         }  # fmt: skip
         return Shape(
             vocabulary=VOCABULARY, hidden=self.hidden, layers=2, heads=heads, kv_heads=heads,
@@ -363,8 +366,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--budget", type=float, default=60.0, help="minutes")
     parser.add_argument("--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)))
-    parser.add_argument("--steps", type=int, default=2_000)
-    parser.add_argument("--tokens", type=int, default=32_768, help="of a step")
+    parser.add_argument("--steps", type=int, default=1_500)
+    parser.add_argument("--tokens", type=int, default=16_384, help="of a step")
     parser.add_argument("--hidden", type=int, nargs="+", default=list(WIDTHS))
     parser.add_argument("--mixers", nargs="+", default=list(MIXERS), choices=MIXERS)
     parser.add_argument("--results", "--out", type=Path, default=RESULTS / "mqar.jsonl")

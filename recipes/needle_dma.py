@@ -50,7 +50,6 @@ from dma_common import (
     append_row,
     fit,
     in_parallel,
-    load_state,
     provenance,
     with_settings,
 )
@@ -70,6 +69,7 @@ from needle_model import (
     start_from,
 )
 from reference_data import Batches, Corpus, build_corpus
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
@@ -116,18 +116,26 @@ def train(
         batches.close()
     round_weights(model)
     if ranks.index == 0:
-        save(model, recipe, out / "model.safetensors")
+        save(model, recipe, last, out / "model.safetensors")
     return model, last
 
 
-def save(model: nn.Module, recipe: NeedleRecipe, path: Path) -> None:
-    """Write the weights, those of the scores in float32, and the recipe."""
+def save(model: nn.Module, recipe: NeedleRecipe, last: dict[str, Any], path: Path) -> None:
+    """Write the weights, those of the scores in float32, the recipe and the last log row."""
     tensors = {
         name: p.detach().contiguous() if "dynmask_score" in name else p.detach().bfloat16()
         for name, p in model.named_parameters()
     }
-    about = {"recipe": json.dumps(asdict(recipe))}
+    about = {"recipe": json.dumps(asdict(recipe)), "training": json.dumps(last)}
     write_atomically(path, lambda beside: save_file(tensors, str(beside), about))
+
+
+def load(model: nn.Module, path: Path) -> dict[str, Any]:
+    """Load what :func:`save` wrote and return the last log row."""
+    with safe_open(str(path), framework="pt") as file, torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(file.get_tensor(name))
+        return json.loads(file.metadata()["training"])
 
 
 def round_weights(model: nn.Module) -> None:
@@ -171,24 +179,24 @@ def run(name: str, options: argparse.Namespace) -> None:
     out: Path = options.out / (name if recipe.seed == 1 else f"{name}-{recipe.seed}")
     out.mkdir(parents=True, exist_ok=True)
     shared = options.out / "shared"
-    while not (shared / "tokenizer.json").is_file():  # the first process writes the text
-        time.sleep(0.5)
-    corpus = load_corpus(shared)
     if options.test_only:
-        model = dma_model(recipe).to(options.device)
-        last = load_state(out / "checkpoint.safetensors", model)["last"]
-        round_weights(model)
+        model = dma_model(recipe)
+        last = load(model, out / "model.safetensors")
+        model = model.to(options.device)
     else:
-        model, last = train(recipe, corpus, out, options)
+        while not (shared / "tokenizer.json").is_file():  # the first process writes the text
+            time.sleep(0.5)
+        model, last = train(recipe, load_corpus(shared), out, options)
     if int(os.environ.get("RANK", "0")):
         return
     base = continued(NeedleRecipe()) if options.start else NeedleRecipe()
     changed = {k: v for k, v in asdict(recipe).items()
                if v != getattr(base, k) and k not in ("workers", "tests")}  # fmt: skip
     for row in test(recipe, model, last, shared, options.test_minutes):
+        about = provenance(options.device, options.commit)
         append_row(options.results, {"recipe": "needle_dma", "variant": name, "seed": recipe.seed,
                    "start": options.start and options.start.name, "changed": changed,
-                   "minutes": recipe.minutes, **row, **provenance(options.device, options.commit)})  # fmt: skip
+                   "minutes": recipe.minutes, **row, **about})  # fmt: skip
 
 
 def settled(name: str, options: argparse.Namespace) -> NeedleRecipe:
@@ -210,10 +218,12 @@ def prepare(options: argparse.Namespace, recipe: NeedleRecipe) -> BaseProcess:
     shared = options.out / "shared"
     context = multiprocessing.get_context("spawn")
     workers = 1 if options.smoke else min(4, os.cpu_count() or 1)
+    if options.test_only:  # nothing else wants the processors
+        workers = os.cpu_count() or 1
     arguments = (shared, TOKENIZER, dict(recipe.tests), 1, workers)
     process = context.Process(target=evaluation.prepare, args=arguments)
     process.start()
-    if not (shared / "text.safetensors").is_file():
+    if not options.test_only and not (shared / "text.safetensors").is_file():
         given = Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
         save_corpus(shared, build_corpus(
             recipe.characters, recipe.characters_per_source, recipe.vocabulary, given

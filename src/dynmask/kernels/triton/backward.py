@@ -358,7 +358,7 @@ def row_config_of(dim: int, size: int) -> RowConfig:
         return RowConfig(32, 32, 4, 1) if dim <= 128 else RowConfig(16, 16, 4, 1)
     if dim > 128:
         return RowConfig(64, 32, 8, 2)
-    return RowConfig(128, 64, 8, 2)
+    return RowConfig(64, 64, 4, 2)
 
 
 def key_config_of(dim: int, size: int) -> KeyConfig:
@@ -367,7 +367,7 @@ def key_config_of(dim: int, size: int) -> KeyConfig:
         return KeyConfig(32, 32, 4, 1) if dim <= 128 else KeyConfig(16, 16, 4, 1)
     if dim > 128:
         return KeyConfig(64, 32, 8, 2)
-    return KeyConfig(128, 64, 8, 2)
+    return KeyConfig(64, 64, 4, 2)
 
 
 def _switches(plan: PlanTensors, call: Call) -> dict[str, object]:
