@@ -36,6 +36,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -148,10 +149,10 @@ def round_weights(model: nn.Module) -> None:
 
 def test(
     recipe: NeedleRecipe, model: Any, last: dict[str, Any], shared: Path, minutes: float
-) -> list[dict[str, Any]]:
-    """Return one row for each length and width, the shortest first, until time is over."""
+) -> Iterator[dict[str, Any]]:
+    """Yield one row for each length and width, the shortest first, until time is over."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    until, rows = time.monotonic() + 60 * minutes, []
+    until, begun = time.monotonic() + 60 * minutes, False
     model.eval()
     for length, count in sorted(recipe.tests):
         widths: list[int | None] = [None if recipe.mixer == "full" else recipe.width]
@@ -159,8 +160,8 @@ def test(
             widths += [*recipe.other_widths, None]
         prompts = evaluation.load(shared, length, count, 1)
         for width in widths:
-            if rows and time.monotonic() > until:
-                return rows
+            if begun and time.monotonic() > until:
+                return
             if width is not None and width < recipe.window + recipe.sinks:
                 continue
             retention = None if width is None else recipe.retention(width)
@@ -169,8 +170,8 @@ def test(
             name = "all keys" if width is None else f"w {width}"
             print(f"{length:9,} {name:9} {row['accuracy']:7.1%} n {row['n']} "
                   f"{row['seconds']} s", flush=True)  # fmt: skip
-            rows.append({"width": width, **row, "training": last})
-    return rows
+            begun = True
+            yield {"width": width, **row, "training": last}
 
 
 def run(name: str, options: argparse.Namespace) -> None:
