@@ -77,7 +77,7 @@ def candidates() -> list[Candidate]:
 
 
 def mask_of(kind: str, keys: int) -> Mask:
-    """Random top-w, a window of the same width, or plain causal attention."""
+    """Random top-w (also for ``biased``), a window of the same width, or plain causal attention."""
     width = min(1024, keys // 2)
     if kind == "window":
         return LifetimeMask.streaming(keys, 4, width - 4, device="cuda")
@@ -93,14 +93,16 @@ class Case:
     def __init__(self, kind: str, keys: int) -> None:
         self.mask = mask_of(kind, keys)
         self.query, self.key, self.value = inputs(keys)
+        self.bias = torch.randn(1, GROUPS, keys, device="cuda") if kind == "biased" else None
         self.out, self.lse = attention(
-            self.query, self.key, self.value, self.mask, return_lse=True, impl="triton"
+            self.query, self.key, self.value, self.mask, self.bias, return_lse=True, impl="triton"
         )
         self.slope = torch.randn_like(self.out)
         self.query_grad, self.delta = torch.empty_like(self.query), torch.zeros_like(self.lse)
         self.key_grad, self.value_grad = (
             torch.zeros(x.shape, device="cuda") for x in (self.key, self.value)
         )
+        self.bias_grad = None if self.bias is None else torch.zeros_like(self.bias)
         self.plans: dict[int, Any] = {}
 
     def run(self, candidate: Candidate) -> Callable[[], None]:
@@ -109,7 +111,7 @@ class Case:
         if tile not in self.plans:
             self.plans[tile] = tensors_of(self.mask.lower(tile=tile, fused=True))
         plan, scale = self.plans[tile], DIM**-0.5
-        inputs = (self.query, self.key, self.value, None, plan, scale)
+        inputs = (self.query, self.key, self.value, self.bias, plan, scale)
         if what == "forward":
             return lambda: prefill(*inputs, self.out, self.lse)
         if what == "rows":
@@ -117,7 +119,7 @@ class Case:
             return lambda: rows_backward(
                 *inputs, self.out, self.slope, self.lse, None, *results, config
             )
-        results = (self.key_grad, self.value_grad, None)
+        results = (self.key_grad, self.value_grad, self.bias_grad)
         return lambda: keys_backward(*inputs, self.slope, self.lse, self.delta, *results, 0, config)
 
 
@@ -174,14 +176,18 @@ def whole(kind: str, keys: int, rounds: int) -> list[dict[str, Any]]:
     """attention() and its backward as a layer calls them, and dense causal attention beside it."""
     leaves = [x.requires_grad_() for x in inputs(keys)]
     mask = mask_of(kind, keys)
+    bias = torch.randn(1, GROUPS, keys, device="cuda", requires_grad=True)
+    ours = [*leaves, bias] if kind == "biased" else leaves
 
     def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         sdpa = torch.nn.functional.scaled_dot_product_attention
         return sdpa(query, key, value, is_causal=True, enable_gqa=True)
 
     calls: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: attention(*leaves, mask, impl="triton", deterministic=False),
-        "ours deterministic": lambda: attention(*leaves, mask, impl="triton", deterministic=True),
+        "ours": lambda: attention(*leaves, mask, *ours[3:], impl="triton", deterministic=False),
+        "ours deterministic": lambda: attention(
+            *leaves, mask, *ours[3:], impl="triton", deterministic=True
+        ),
         "dense": lambda: dense(*leaves),
     }
     clock = Clock(leaves[0].device)
@@ -190,8 +196,9 @@ def whole(kind: str, keys: int, rounds: int) -> list[dict[str, Any]]:
     runs: dict[str, Callable[[], Any]] = {}
     for name, call in calls.items():
         runs[f"{name}, forward"] = call
-        runs[f"{name}, backward"] = lambda out=outs[name]: torch.autograd.grad(
-            out, leaves, slope, retain_graph=True
+        wanted = leaves if name == "dense" else ours
+        runs[f"{name}, backward"] = lambda out=outs[name], wanted=wanted: torch.autograd.grad(
+            out, wanted, slope, retain_graph=True
         )
     for run in runs.values():
         run()
@@ -204,7 +211,7 @@ def whole(kind: str, keys: int, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kind", nargs="+", default=["top_w", "window"])
+    parser.add_argument("--kind", nargs="+", default=["top_w", "biased"])
     parser.add_argument("--keys", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=10, help="timing of one kind at most")

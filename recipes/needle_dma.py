@@ -2,6 +2,7 @@
 
     python recipes/needle_dma.py --variant dma --minutes 8 --out runs/needle
     python recipes/needle_dma.py --variants dma full window --parallel --minutes 8 --out runs/needle
+    python recipes/needle_dma.py --report             # tables, and docs/needle_dma.png
     python recipes/needle_dma.py --variant dma --smoke --out /tmp/needle
 
 The model, its data and its compiled pieces are those of ``train_reference.py``; what differs is
@@ -52,11 +53,13 @@ from dma_common import (
     fit,
     in_parallel,
     provenance,
+    read_rows,
     with_settings,
 )
 
 # isort: split
 import needle_evaluation as evaluation
+import needle_report
 import torch
 from needle_model import (
     VARIANTS,
@@ -197,7 +200,7 @@ def run(name: str, options: argparse.Namespace) -> None:
         about = provenance(options.device, options.commit)
         append_row(options.results, {"recipe": "needle_dma", "variant": name, "seed": recipe.seed,
                    "start": options.start and options.start.name, "changed": changed,
-                   "minutes": recipe.minutes, **row, **about})  # fmt: skip
+                   "minutes": recipe.minutes, "steps": options.steps, **row, **about})  # fmt: skip
 
 
 def settled(name: str, options: argparse.Namespace) -> NeedleRecipe:
@@ -257,7 +260,14 @@ def main() -> None:
     parser.add_argument("--device", default=None)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--report", action="store_true", help="table and plot of what there is")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "needle_dma.png")
     options = parser.parse_args()
+    if options.report:
+        rows = read_rows(options.results)
+        print(needle_report.table(rows))
+        needle_report.plot(rows, options.plot)
+        return
     names = options.variants or [options.variant]
     if options.smoke and options.results.parent == RESULTS:
         options.results = options.out / "needle_dma.jsonl"

@@ -60,6 +60,7 @@ class NeedleRecipe(Recipe):
     longest_position: int = 2**20
     gaps: str = "jumps"  # jumps, uniform, none
     gapless: float = 0.2
+    far: float = 0.0  # share of the spans with jumps that are uniform up to the longest position
     most_jumps: int = 8
     tests: tuple[tuple[int, int], ...] = (
         (4_096, 110), (16_384, 220), (65_536, 110), (262_144, 44), (1_048_576, 22),
@@ -172,6 +173,9 @@ def positions_of(
     # the span is log-uniform between the length and the longest position
     ratio = recipe.longest_position / length
     span = length * ratio ** torch.rand(rows, 1, device=device)
+    if recipe.far:
+        uniform = length + room * torch.rand(rows, 1, device=device)
+        span = torch.where(torch.rand(rows, 1, device=device) < recipe.far, uniform, span)
     span = torch.where(torch.rand(rows, 1, device=device) < recipe.gapless, length, span)
     extra = (span - length).clamp(0, room)
     if recipe.gaps == "uniform":

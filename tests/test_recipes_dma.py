@@ -372,3 +372,32 @@ def test_gradients_are_averaged_over_processes():
     ranks.average([a, b])
     assert bool((a.grad == 3).all()) and bool((b.grad == 0).all())
     assert ranks.agree(0.5) == 0.75
+
+
+def test_the_needle_report_has_a_row_for_each_variant_and_a_table_for_each_way_of_training(
+    tmp_path,
+):
+    import needle_report
+
+    def row(variant, width, length, right, steps=None):
+        return {"variant": variant, "width": width, "length": length, "n": 20, "minutes": 2.4,
+                "accuracy": right, "interval": [0.9 * right, right], "steps": steps}  # fmt: skip
+
+    rows = [row("dma", 512, n, 0.95) for n in (4_096, 16_384, 2**20)]
+    rows += [row("full", None, 4_096, 1.0), row("window", 512, 4_096, 0.1, steps=400)]
+    found = needle_report.table(rows)
+    assert "| dma, w 512 | 95.0% of 20 | 95.0% of 20 | 95.0% of 20 |" in found
+    assert "| full, all keys | 100.0% of 20 | - | - |" in found
+    assert "nothing, 2.4 minutes" in found and "nothing, 400 steps" in found
+    needle_report.plot(rows, tmp_path / "needle.png")
+    assert (tmp_path / "needle.png").stat().st_size > 10_000
+
+
+def test_far_spans_reach_the_longest_position_and_never_pass_it():
+    import needle_model
+
+    recipe = replace(needle_model.NeedleRecipe(), far=1.0, gapless=0.0)
+    last = needle_model.positions_of(400, 516, recipe)[:, -1]
+    assert int(last.max()) < recipe.longest_position
+    # uniform: half of the spans lie above the middle
+    assert 140 < int((last > recipe.longest_position // 2).sum()) < 260
