@@ -42,7 +42,7 @@ SCHEMA = 1
 _METADATA_KEY = "dynmask"
 _MAX_JSON_BYTES = 16 * 2**20
 _MAX_DIMENSIONS = 8
-_MAX_HIDDEN = 2**16
+MAX_HIDDEN = 2**16
 _DTYPES = {"I32": torch.int32, "U8": torch.uint8, "F32": torch.float32}
 _MODEL_FIELDS = ("layers", "heads", "kv_heads", "head_dim")
 _SAMPLES_PER_PARAMETER = 16
@@ -594,7 +594,7 @@ class _RetainedTensors:
         head = settings.get("head")
         _require(head in ("pair", "value"), "settings.head 'pair' or 'value'", str(head)[:80])
         for name, least in {"hidden": 1, "width": 1, "window": 0, "sinks": 0}.items():
-            most = _MAX_HIDDEN if name == "hidden" else 2**31 - 1
+            most = MAX_HIDDEN if name == "hidden" else 2**31 - 1
             value = settings.get(name)
             _require(
                 _is_int(value, least) and value <= most,
@@ -604,7 +604,7 @@ class _RetainedTensors:
         floor = settings["window"] + settings["sinks"]
         _require(settings["width"] >= floor, f"settings.width >= {floor}", settings["width"])
         sizes = model["kv_heads"], model["head_dim"]
-        _require(max(sizes) <= _MAX_HIDDEN, f"kv_heads and head_dim up to {_MAX_HIDDEN}", sizes)
+        _require(max(sizes) <= MAX_HIDDEN, f"kv_heads and head_dim up to {MAX_HIDDEN}", sizes)
         windows = header.get("windows")
         _require(
             isinstance(windows, list)
@@ -707,7 +707,7 @@ def _hub() -> Any:
 
 def _download(name: str, revision: str | None) -> Path:
     _require(
-        re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None,
+        re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None,
         "a folder, a file or a hub name (owner/name)",
         f"{name!r}, which does not exist here",
         "Check the path.",

@@ -20,7 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dynmask.card import SCHEMA, MaskCard, describe_model
+from dynmask.card import MAX_HIDDEN, SCHEMA, MaskCard, describe_model
+from dynmask.masks import LifetimeMask
 from dynmask.nn import Retention
 from dynmask.teaching import Heads, Training, measure
 
@@ -82,6 +83,9 @@ class RetainedSettings:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise _bad(f"settings.{name}", f"a whole number of at least {least}", repr(value))
+            most = MAX_HIDDEN if name == "hidden" else LifetimeMask.INF
+            if value > most:
+                raise _bad(f"settings.{name}", f"at most {most}", value)
         if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
             raise _bad("settings.steps", "a whole number of at least 1, or None", repr(self.steps))
         for name in ("minutes", "shorter", "late", "learning_rate", "weight_decay"):
@@ -185,6 +189,8 @@ def retrofit(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         training.load(path, identity)
+    elif path is not None:
+        training.save(path, identity)  # a path that cannot be written fails before the training
     training.run(path, identity, 60 * checkpoint_minutes, progress)
     meter = measure(model, heads, settings, data.held_out_windows())
     import dynmask

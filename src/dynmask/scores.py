@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,12 @@ class Score(nn.Module):
     """What score modules have in common: they hold a layer's retention loss until it is collected.
 
     See :func:`dynmask.nn.collect_retention_loss`.
+
+    Attributes:
+        reads_keys: whether a score depends on the key, not on values alone.
     """
 
+    reads_keys: ClassVar[bool] = True
     _retention_loss: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -63,6 +67,8 @@ class ValueScore(Score):
         cap: ``exp`` is unbounded for A > 0, so the bias grows no further where s > cap, and
             there has no gradient. Selection uses s as it is.
     """
+
+    reads_keys: ClassVar[bool] = False
 
     def __init__(self, kv_heads: int, head_dim: int, form: Form = "exp") -> None:
         super().__init__()
@@ -172,14 +178,14 @@ def score_values(
     """
     x = _Project.apply(value, weight)
     if bias is not None:
-        x = x + bias.to(x.dtype)
+        x = x + bias.to(x.dtype)[:, None]
     if soft:
         x = nn.functional.softplus(x)
-    return (x * a.to(x.dtype)).transpose(1, 2)
+    return x * a.to(x.dtype)[:, None]
 
 
 class _Project(torch.autograd.Function):
-    """dt_proj without its bias: values [b, g, k, d] and weight [g, g d] to float32 [b, k, g].
+    """dt_proj without its bias: values [b, g, k, d] and weight [g, g d] to float32 [b, g, k].
 
     What autograd would keep for the gradient is a float32 copy of all values, twice as large as
     the values of a model in half precision. This keeps the values themselves.
@@ -189,8 +195,8 @@ class _Project(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(value, weight)
         with torch.autocast(value.device.type, enabled=False):
-            wide = weight.to(_dtype(value)).mT
-            return torch.cat([_side_by_side(part) @ wide for part in _parts(value)], 1)
+            wide = weight.to(_dtype(value))
+            return torch.cat([wide @ _side_by_side(part).mT for part in _parts(value)], 2)
 
     @staticmethod
     @once_differentiable
@@ -201,12 +207,12 @@ class _Project(torch.autograd.Function):
         of_value, of_weight = [], torch.zeros_like(wide)
         with torch.autocast(value.device.type, enabled=False):
             parts = _parts(value)
-            grads = grad.split(parts[0].shape[2], 1)
+            grads = grad.split(parts[0].shape[2], 2)
             for part, g in zip(parts, grads, strict=True):
                 if for_weight:
-                    of_weight += g.flatten(0, 1).mT @ _side_by_side(part).flatten(0, 1)
+                    of_weight += (g @ _side_by_side(part)).sum(0)
                 if for_value:
-                    back = (g @ wide).unflatten(-1, (value.shape[1], value.shape[3]))
+                    back = (g.mT @ wide).unflatten(-1, (value.shape[1], value.shape[3]))
                     of_value.append(back.transpose(1, 2).to(value.dtype))
         return (
             torch.cat(of_value, 2) if for_value else None,

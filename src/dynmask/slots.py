@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .masks import LifetimeMask
 from .retention import Retention
 
 FEWEST_SLOTS = 64
@@ -94,7 +95,8 @@ class Slots:
             if len(at) == len(x):  # where it was, for captured CUDA graphs
                 x.copy_(x.index_select(0, at))
             else:
-                self._tensors[name] = x.index_select(0, at)
+                with torch.inference_mode(False):
+                    self._tensors[name] = x.index_select(0, at)
 
     def repeat(self, times: int) -> None:
         """Each batch row ``times`` times, side by side."""
@@ -145,19 +147,27 @@ class Slots:
                     f"dims {stored.shape[3]} and {self.values.shape[3]} as in the store, received "
                     f"{tuple(given.shape)} and {tuple(value.shape)}; reset() it for a new batch"
                 )
+            kinds = [(x.dtype, x.device) for x in (stored, self.values, given, value)]
+            if kinds[:2] != kinds[2:]:
+                raise ValueError(
+                    f"key, value: expected {kinds[0]} and {kinds[1]} as in the store, received "
+                    f"{kinds[2]} and {kinds[3]}; fill and read a store under the same autocast, "
+                    "on one device"
+                )
             return
         heads, device = key.shape[1], key.device
         widths = self._widths(heads)
         self.seen = [0] * batch
         whole = {"dtype": torch.int32, "device": device}
-        self._tensors = {
-            "keys": key.new_zeros(batch, heads, 0, key.shape[3], requires_grad=False),
-            "values": value.new_zeros(batch, heads, 0, value.shape[3], requires_grad=False),
-            "positions": torch.zeros(batch, heads, 0, **whole),
-            "scores": torch.zeros(batch, heads, 0, device=device),
-            "next": torch.zeros(batch, **whole),
-            "width": torch.tensor(widths, **whole),
-        }
+        with torch.inference_mode(False):  # slots are written again, maybe outside of it
+            self._tensors = {
+                "keys": key.new_zeros(batch, heads, 0, key.shape[3], requires_grad=False),
+                "values": value.new_zeros(batch, heads, 0, value.shape[3], requires_grad=False),
+                "positions": torch.zeros(batch, heads, 0, **whole),
+                "scores": torch.zeros(batch, heads, 0, device=device),
+                "next": torch.zeros(batch, **whole),
+                "width": torch.tensor([min(w, LifetimeMask.INF) for w in widths], **whole),
+            }
 
     def _reserve(self, slots: int) -> None:
         """At least so many slots, doubling, never more than the largest width."""
@@ -165,8 +175,9 @@ class Slots:
             return
         most = max(self._widths(self.keys.shape[1]))
         size = min(max(1 << (slots - 1).bit_length(), FEWEST_SLOTS), most)
-        for name, fill in (("keys", 0), ("values", 0), ("positions", EMPTY), ("scores", 0)):
-            old = self._tensors[name]
-            new = old.new_full((*old.shape[:2], size, *old.shape[3:]), fill)
-            new[:, :, : old.shape[2]] = old
-            self._tensors[name] = new
+        with torch.inference_mode(False):
+            for name, fill in (("keys", 0), ("values", 0), ("positions", EMPTY), ("scores", 0)):
+                old = self._tensors[name]
+                new = old.new_full((*old.shape[:2], size, *old.shape[3:]), fill)
+                new[:, :, : old.shape[2]] = old
+                self._tensors[name] = new

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -16,7 +20,7 @@ from dynmask.card import write_atomically
 from dynmask.masks import LifetimeMask
 from dynmask.nn import Retention, retention_loss_of
 from dynmask.policies.base import AnyModel, Layer
-from dynmask.policies.retained import score_module
+from dynmask.policies.retained import score_keys, score_module
 
 if TYPE_CHECKING:
     from dynmask.retrofit import RetainedSettings
@@ -84,7 +88,7 @@ class Heads:
         module = self.modules[layer.index]
         if module is None:
             return None
-        return module(key if layer.unrotate is None else layer.unrotate(key), value)
+        return score_keys(module, key, value, layer)
 
 
 class Observer(AnyModel):
@@ -172,7 +176,6 @@ class Training:
         )
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
-        self._whole = True  # False while parameters are being changed
 
     def recent(self) -> float:
         """Mean loss of a layer over the newest steps."""
@@ -206,7 +209,7 @@ class Training:
                 ) as bar,
             ):
                 while self._done() < total:
-                    waiting.append(self._train(teacher, self._done() / total))
+                    self._train(teacher, self._done() / total, waiting)
                     every = 1 if self.step <= 10 or self.device.type == "cpu" else 10
                     if self.step % every == 0:
                         self._note(waiting)  # waits for the device, so that the clock is right
@@ -220,7 +223,7 @@ class Training:
             if path is not None:
                 self.save(path, identity)
         except KeyboardInterrupt:
-            if path is not None and self._whole:
+            if path is not None:
                 self._note(waiting)
                 self.seconds = time.perf_counter() - began
                 self.save(path, identity)
@@ -232,8 +235,8 @@ class Training:
     def _done(self) -> float:
         return self.step if self.settings.steps is not None else self.seconds
 
-    def _train(self, teacher: Teacher, progress: float) -> Tensor:
-        """One step; the mean loss of a layer, on the device."""
+    def _train(self, teacher: Teacher, progress: float, waiting: list[Tensor]) -> None:
+        """One step; adds the mean loss of a layer, on the device, to ``waiting``."""
         stage = self.settings.stage(self.seed, self.step, progress)
         ids = self.data.batch(self.step, stage).to(self.device, non_blocking=True)
         # The loss draws its rows from the default generator: what it draws depends on the step
@@ -246,12 +249,11 @@ class Training:
             # The base model, without the head: nobody needs the logits.
             self.model.base_model(input_ids=ids, use_cache=False)
         losses = [loss.to(self.device) for loss in teacher.losses]
-        self._whole = False
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self._whole = True
-        return torch.stack(losses).mean()
+        with _whole():
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            waiting.append(torch.stack(losses).mean())
 
     def _note(self, waiting: list[Tensor]) -> None:
         if not waiting:
@@ -397,6 +399,23 @@ def measure(
         "kept_mass": kept,
         "curve": {"widths": widths, "mass": curve},
     }
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Ctrl-C waits until the block is done, so that what is saved then is of one step."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is None:
+        yield  # only the main thread is interrupted, and only by a handler of Python's
+        return
+    waiting: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _forked(device: torch.device) -> Any:

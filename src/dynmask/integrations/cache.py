@@ -59,6 +59,11 @@ class BoundedLayer(CacheLayerMixin):
         self._waiting = False
         if self.store is None:
             self.store = KeyStore(retention, limit)
+        if self.store.retention != retention:
+            raise ValueError(
+                f"BoundedCache: expected {self.store.retention} as when it was filled, received a "
+                f"layer with {retention}; make a new cache after a change of the width"
+            )
         return self.store
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -102,7 +107,7 @@ class BoundedLayer(CacheLayerMixin):
             )
         if self.store is not None:
             self.store.crop(-tokens_to_remove)
-            self.tokens += tokens_to_remove
+            self.tokens = max(self.tokens + tokens_to_remove, 0)
 
 
 class BoundedCache(Cache):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -36,6 +36,9 @@ SCORE = "dynmask_score"
 
 SETTINGS = "dynmask"
 """Name of the settings in the model's configuration."""
+
+LAYERS = "layers"
+"""Name, in the settings, of what single layers were given since they were converted."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,36 @@ class LayerScore(ValueScore):
     """The score of one converted layer, with what else its attention needs to know.
 
     Attributes:
-        retention: what a query reads. Assign another to change the width while training.
         lesson: the retention loss.
     """
 
     def __init__(
-        self, kv_heads: int, head_dim: int, form: Form, retention: Retention, lesson: Lesson
+        self,
+        kv_heads: int,
+        head_dim: int,
+        form: Form,
+        retention: Retention,
+        lesson: Lesson,
+        settings: dict[str, Any],
+        index: int,
     ) -> None:
         super().__init__(kv_heads, head_dim, form)
-        self.retention = retention
         self.lesson = lesson
+        self._retention, self._settings, self._index = retention, settings, index
+
+    @property
+    def retention(self) -> Retention:
+        """What a query reads. Assign another to change the width while training.
+
+        The model's configuration takes note of it, so that it is saved.
+        """
+        return self._retention
+
+    @retention.setter
+    def retention(self, retention: Retention) -> None:
+        own = self._settings.setdefault(LAYERS, {})
+        own[str(self._index)] = json.loads(json.dumps(asdict(retention)))
+        self._retention = retention
 
 
 class Dma(AnyModel):
@@ -149,7 +172,7 @@ class ConvertedAdapter(Adapter):
         score = getattr(site.policy, "score", None)
         if score is None or not score.training or not score.lesson.weight:
             return
-        if not score.A.requires_grad or site.where.has_past:
+        if site.where.has_past or not any(p.requires_grad for p in score.parameters()):
             return
         lesson: Lesson = score.lesson
         loss, positions = score.A.new_zeros(()), 0
@@ -180,9 +203,9 @@ def _watch(module: nn.Module, args: tuple, kwargs: dict) -> None:
     check_forward(module, args, kwargs, bounded=True)
 
 
-def _register() -> None:
-    AttentionInterface.register(CONVERTED, torch.compiler.disable(_ADAPTER._attend))
-    AttentionMaskInterface.register(CONVERTED, mask_of)
+# With the module: a pickled model finds it in a new process, where nothing was converted.
+AttentionInterface.register(CONVERTED, torch.compiler.disable(_ADAPTER._attend))
+AttentionMaskInterface.register(CONVERTED, mask_of)
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -247,12 +270,22 @@ def convert(
         raise ValueError(
             f"width: expected one number, or one for each of {heads} kv heads, received {width}"
         )
+    settings: dict[str, Any] = {
+        "width": width if isinstance(width, int) else list(width),
+        "window": window,
+        "sinks": sinks,
+        "form": form,
+        "retention_weight": lesson.weight,
+        "retention_rows": lesson.rows,
+        "retention_after": lesson.after,
+    }
     made: list[tuple[nn.Module, LayerScore | None]] = []
     for module in attention_modules(model):
         dim = _value_dim(module, config, heads)
         score = None
         if not _slides(module, config):
-            score = LayerScore(heads, dim, form, retention, lesson)
+            index = int(module.layer_idx)  # type: ignore[arg-type]
+            score = LayerScore(heads, dim, form, retention, lesson, settings, index)
             device = next(module.parameters()).device
             score = score.to(device, torch.float32).train(module.training)
         made.append((module, score))
@@ -262,21 +295,11 @@ def convert(
             "sliding window in every one; set config.sliding_window = None before building it"
         )
     _attach(model, made)
-    settings = {
-        "width": width if isinstance(width, int) else list(width),
-        "window": window,
-        "sinks": sinks,
-        "form": form,
-        "retention_weight": lesson.weight,
-        "retention_rows": lesson.rows,
-        "retention_after": lesson.after,
-    }
     setattr(model.config, SETTINGS, settings)
     return model
 
 
 def _attach(model: PreTrainedModel, made: list[tuple[nn.Module, LayerScore | None]]) -> None:
-    _register()
     note: Any = note_call
     watch: Any = _watch
     for module, score in made:
@@ -342,7 +365,12 @@ def load_converted(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     model = kind.from_pretrained(path, **kwargs)
     if hasattr(model.config, SETTINGS):
         delattr(model.config, SETTINGS)
+    changed = settings.pop(LAYERS, {})
     convert(model, **settings)
+    for module in attention_modules(model):
+        own = changed.get(str(module.layer_idx))
+        if own is not None:
+            getattr(module, SCORE).retention = Retention(**own)
     saved = _saved_scores(path)
     wanted = {n for n in model.state_dict() if f".{SCORE}." in n}
     if saved.keys() != wanted:

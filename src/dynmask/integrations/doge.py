@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from functools import partial
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -127,9 +126,10 @@ class DogeRun(Adapter):
             if isinstance(module, PreTrainedModel):
                 hook = module.register_forward_pre_hook(self._check, with_kwargs=True)
                 self._hooks.append(hook)
+        forward: Any = torch.compiler.disable(self._forward)
         for module in self._modules:
-            own: Any = torch.compiler.disable(partial(self._forward, module))
-            module.forward = own
+            # a method, so that it is a copy's own in a copy of the model
+            module.forward = MethodType(forward, module)
 
     def __enter__(self) -> DogeRun:
         if not self.removed:
@@ -174,6 +174,11 @@ class DogeRun(Adapter):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """What DogeAttention's forward computes: hidden_states [b, n, c]."""
+        if not any(module is own for own in self._modules):
+            raise ValueError(
+                "model: expected layers of the Doge model that run_doge was given, received one of "
+                "a copy that was made while the run was on; copy models before"
+            )
         dropout = module.attention_dropout if module.training else 0.0
         check_call(module, dropout or 0.0, None, kwargs)
         shape = (*hidden_states.shape[:-1], -1, module.head_dim)

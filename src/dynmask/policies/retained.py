@@ -18,6 +18,10 @@ from .base import Layer
 if TYPE_CHECKING:
     from ..card import MaskCard
 
+DECIMALS = 3
+"""Of a score. Scores are logarithms of shares: a thousandth is no difference, and far above what
+float32 rounds off."""
+
 
 @dataclass(frozen=True, eq=False)
 class Retained:
@@ -97,13 +101,17 @@ class Retained:
     def scores(self, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
         """Score of each key: float32 [b, g, n]; key [b, g, n, d] as the layer rotated it.
 
-        ``layer.unrotate`` takes the rotation off; without it keys are taken as they are.
+        ``layer.unrotate`` takes the rotation off; without it keys are taken as they are. Equal
+        tokens have equal scores in the first layer, but for what rotating and the sizes of
+        matrix products round off, which is not the same in prefill and decoding. Scores are
+        rounded, so that they tie and the later key wins in both.
         """
         module = self._module(layer.index, key.device)
         if module is None:
             return torch.zeros(key.shape[:3], device=key.device)
         with torch.no_grad():
-            return module(key if layer.unrotate is None else layer.unrotate(key), value)
+            scores = score_keys(module, key, value, layer)
+        return scores.round(decimals=DECIMALS)
 
     def bias(self, scores: Tensor, layer: Layer) -> None:
         """Nothing is added to the logits: the model's own attention, over fewer keys."""
@@ -123,6 +131,12 @@ class Retained:
                 module = copy.deepcopy(module).to(device)
             placed[index, device] = module
         return placed[index, device]
+
+
+def score_keys(module: nn.Module, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
+    """Scores [b, g, n] of keys as the layer rotated them; turned back where they are looked at."""
+    back = layer.unrotate if getattr(module, "reads_keys", True) else None
+    return module(key if back is None else back(key), value)
 
 
 def score_module(
