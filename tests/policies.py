@@ -3,7 +3,21 @@
 import torch
 
 from dynmask.nn import PairScore, ValueScore
-from dynmask.policies import H2O, Causal, Pooled, Retained, SnapKV, Streaming, VerticalSlash
+from dynmask.policies import (
+    H2O,
+    Causal,
+    Elastic,
+    FlexPrefill,
+    OracleBlocks,
+    OracleTokens,
+    Pooled,
+    Quest,
+    Retained,
+    SnapKV,
+    Streaming,
+    VerticalSlash,
+    XAttention,
+)
 
 
 def score_modules() -> tuple[PairScore, ValueScore]:
@@ -19,9 +33,15 @@ def score_modules() -> tuple[PairScore, ValueScore]:
 POLICIES = {
     "full": Causal(),
     "streaming": Streaming(sinks=3, window=9),
+    "elastic": Elastic(alpha=2, beta=0.2, sinks=3, least=4),
     "vertical_slash": VerticalSlash(verticals=8, slashes=12, last=7, sinks=2, window=4),
     "pooled": Pooled(block=8, top_p=0.6),
+    "flexprefill": FlexPrefill(gamma=0.6, tau=0.3, min_budget=8, block=8),
+    "xattention": XAttention(stride=4, threshold=0.6, block=8),
+    "quest": Quest(budget=12, page=4, dense_layers=0),
     "h2o": H2O(width=16, block=5),
     "snapkv": SnapKV(width=14, last=6, pool=3),
+    "oracle_tokens": OracleTokens(top_k=5),
+    "oracle_blocks": OracleBlocks(top_k=3, top_p=0.9, block=8),
     "retained": Retained(score_modules(), width=13, window=5, sinks=2),
 }

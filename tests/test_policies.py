@@ -128,8 +128,7 @@ def test_parse():
     assert parse("streaming:sinks=4,window=9") == Streaming(4, 9)
     assert parse("pooled:top_p=0.5") == Pooled(top_p=0.5)
     assert parse("full").name == "full"
-    fixed = {"full", "streaming", "vertical_slash", "pooled", "h2o", "snapkv"}
-    assert set(NAMES) == fixed | {"dam", "retained"}
+    assert set(NAMES) == set(POLICIES) | {"dam"}
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from .base import Layer, Policy
 from .causal import Causal
 from .dam import Dam
+from .elastic import Elastic
+from .flexprefill import FlexPrefill
 from .h2o import H2O
+from .oracle import OracleBlocks, OracleTokens
 from .pooled import Pooled
+from .quest import Quest
 from .retained import Retained
 from .snapkv import SnapKV
 from .streaming import Streaming
 from .vertical_slash import VerticalSlash
+from .xattention import XAttention
 
-FIXED = {p.name: p for p in (Causal, Streaming, VerticalSlash, Pooled, H2O, SnapKV)}
+FIXED = {
+    p.name: p
+    for p in (
+        Causal,
+        Streaming,
+        Elastic,
+        VerticalSlash,
+        Pooled,
+        FlexPrefill,
+        XAttention,
+        Quest,
+        H2O,
+        SnapKV,
+        OracleTokens,
+        OracleBlocks,
+    )
+}
 """Policies that need no card, by name."""
 
 FROM_CARD = (Dam.name, Retained.name)
@@ -39,7 +60,8 @@ def parse(spec: str) -> Policy:
         raise ValueError(f"policy: expected one of {', '.join(NAMES)}, received {name!r}")
     kind = FIXED[name]
     types = get_type_hints(kind)
-    known = {f.name: types[f.name] for f in fields(kind) if types[f.name] in (int, float)}
+    numbers = {f.name: _number(types[f.name]) for f in fields(kind)}
+    known = {field: number for field, number in numbers.items() if number is not None}
     values = {}
     for item in filter(None, rest.split(",")):
         field, _, text = item.partition("=")
@@ -54,6 +76,11 @@ def parse(spec: str) -> Policy:
                 f"policy {name}: expected {field} as {known[field].__name__}, received {text!r}"
             ) from None
     return kind(**values)
+
+
+def _number(hint: Any) -> type[int] | type[float] | None:
+    """The number that a field takes, alone or beside tables; None where it takes no number."""
+    return next((kind for kind in (hint, *get_args(hint)) if kind in (int, float)), None)
 
 
 def split_card(rest: str) -> tuple[str, dict[str, str]]:
@@ -107,13 +134,19 @@ __all__ = [
     "NAMES",
     "Causal",
     "Dam",
+    "Elastic",
+    "FlexPrefill",
     "Layer",
+    "OracleBlocks",
+    "OracleTokens",
     "Policy",
     "Pooled",
+    "Quest",
     "Retained",
     "SnapKV",
     "Streaming",
     "VerticalSlash",
+    "XAttention",
     "parse",
     "split_card",
 ]
