@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynmask.evals.ruler import TASKS as RULER_TASKS
+
 from .common import (
     INTERRUPTED,
     OK,
@@ -35,6 +37,7 @@ JSON with versions and device, and as pictures; an interrupted run resumes there
 tasks:
   needle      facts hidden in real prose, one asked, over a grid of depths
   lines       a long list of records, one asked: every record is a distractor
+  ruler       13 RULER-style tasks, --n items of each; ruler_vt, ruler_cwe, ...: only one
   longeval    official LongEval files (pass them with --longeval-file)
   perplexity  how well long text is predicted, by position (own text with --text)
 """
@@ -48,14 +51,17 @@ examples:
       --policy retained:my-card,width=256 --policy retained:my-card,width=1024
 """
 
-TASKS = ("lines", "needle", "longeval", "perplexity")
+RULER = ("ruler", *(f"ruler_{name}" for name in RULER_TASKS))
+TASKS = ("lines", "needle", *RULER, "longeval", "perplexity")
 DEFAULT_LENGTH = 8192
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add_model_options(command)
-    command.add_argument("--task", required=True, choices=TASKS, help="what is asked")
+    command.add_argument(
+        "--task", required=True, choices=TASKS, metavar="TASK", help="what is asked, see above"
+    )
     command.add_argument(
         "--policy",
         action="append",
@@ -204,6 +210,11 @@ def _questions(arguments: argparse.Namespace) -> tuple[Any, list[int]]:
         from dynmask.evals.needle import Needle
 
         return Needle(), lengths
+    if arguments.task in RULER:
+        from dynmask.evals.ruler import Ruler
+
+        only = arguments.task.removeprefix("ruler").removeprefix("_")
+        return Ruler((only,)) if only else Ruler(), lengths
     from dynmask.evals.longeval import LongEval
 
     if not arguments.longeval_file:

@@ -14,9 +14,20 @@ if TYPE_CHECKING:
     from .longeval import LongEval
     from .needle import Needle
     from .report import Report
+    from .ruler import Ruler
     from .task import Item, Task
 
-__all__ = ["Interrupted", "Item", "Lines", "LongEval", "Needle", "Report", "Task", "evaluate"]
+__all__ = [
+    "Interrupted",
+    "Item",
+    "Lines",
+    "LongEval",
+    "Needle",
+    "Report",
+    "Ruler",
+    "Task",
+    "evaluate",
+]
 
 _FILES = {
     "Interrupted": ".engine",
@@ -25,6 +36,7 @@ _FILES = {
     "LongEval": ".longeval",
     "Needle": ".needle",
     "Report": ".report",
+    "Ruler": ".ruler",
     "Task": ".task",
     "evaluate": ".engine",
 }
