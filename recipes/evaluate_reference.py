@@ -39,17 +39,23 @@ def policies(model: Any, tokenizer: Any) -> dict[str, Any]:
     import dynmask
     from dynmask.cli.calibrate import documents
     from dynmask.evals.text import haystack_lines
-    from dynmask.policies import Pooled, Streaming, VerticalSlash
+    from dynmask.policies import Gated, Pooled, Streaming, VerticalSlash
 
     texts = documents(tokenizer, ["\n".join(haystack_lines())], 512, 16, 0)
     published = dynmask.DamSettings(min_support=1)  # tau 0.3, mu 0.8, L 512, every pattern
     card = dynmask.calibrate(model, texts, settings=published, progress=False)
+    # every card that recipes/gated_card.py left
+    cards = sorted((ROOT / "models").glob("dynmask-reference-gated*"))
+    gated = {path.name.replace("dynmask-reference-", ""): dynmask.MaskCard.from_pretrained(path)
+             .policy() for path in cards}  # fmt: skip
     return {
         "full": None,
         "dam (as published)": card.policy(),
         "streaming 64+1024": Streaming(64, 1024),
         "vertical_slash 200+1000": VerticalSlash(200, 1000),
         "pooled 64 top_p=0.95": Pooled(64, 0.95),
+        "gated (zero-shot)": Gated(),
+        **gated,
     }
 
 

@@ -383,7 +383,10 @@ def test_bad_settings(fields: dict, message: str):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"policy": "streaming"}, "policy: expected 'dam' or 'retained', received 'streaming'"),
+        (
+            {"policy": "streaming"},
+            "policy: expected 'dam', 'retained' or 'gated', received 'streaming'",
+        ),
         ({"batch": 0}, "batch: expected a whole number of at least 1"),
         ({"settings": DamSettings(length=2048)}, "at most the model's 1024 positions"),
     ],

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynmask.card import FILE_NAME, MaskCard, describe_model, fingerprint, pack_bits, unpack_bits
+from dynmask.card import FILE_NAME, MaskCard, describe_model, fingerprint
+from dynmask.card_kinds import pack_bits, unpack_bits
 from tests.tiny import tiny_llama, tiny_qwen3
 
 LAYERS, HEADS, LENGTH = 2, 4, 12
@@ -318,8 +319,8 @@ def swap_offsets(table: dict, header: dict) -> None:
     [
         (lambda t, h: h.update(schema=2), "expected schema 1, received schema 2.*dynmask that"),
         (lambda t, h: h.update(schema=True), "expected schema 1, received schema True"),
-        (lambda t, h: h.update(policy="magic"), "a policy among dam, retained, received magic"),
-        (lambda t, h: h.update(policy=["dam"]), "a policy among dam, retained, received"),
+        (lambda t, h: h.update(policy="magic"), "among dam, retained, gated, received magic"),
+        (lambda t, h: h.update(policy=["dam"]), "among dam, retained, gated, received"),
         (
             lambda t, h: t["layers.0.true_mask"].update(shape=[10**4000] * 3),
             "positive whole numbers",

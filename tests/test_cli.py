@@ -155,6 +155,9 @@ def test_full_is_the_models_own_attention():
     assert resolve_policy("streaming:sinks=4,window=9") == Streaming(sinks=4, window=9)
     assert policy_label("dam:some/where/card-a/") == "dam:card-a"
     assert policy_label("streaming:window=9") == "streaming:window=9"
+    assert policy_label("gated:some/where/card-b") == "gated:card-b"
+    assert policy_label("gated:window=9,last=3") == "gated:window=9,last=3"
+    assert policy_label("gated") == "gated"
 
 
 # --- calibrate and inspect ---------------------------------------------------------------------

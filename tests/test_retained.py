@@ -325,7 +325,7 @@ def test_bad_settings(change, message):
         ({"settings": dynmask.DamSettings()}, "RetainedSettings for policy 'retained'"),
         ({"policy": "dam", "settings": SETTINGS}, "DamSettings for policy 'dam'"),
         ({"policy": "dam", "settings": None, "checkpoint": "x"}, "checkpoint"),
-        ({"policy": "streaming"}, "'dam' or 'retained'"),
+        ({"policy": "streaming"}, "'dam', 'retained' or 'gated'"),
         ({"settings": replace(SETTINGS, lengths=(2000,))}, "the model's 1024 positions"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from . import nn, policies
 from .attention import attention
+from .budgets import Budget, GatedSettings
 
 # Not on first use: importing a submodule later would put the module in the function's place.
 from .calibrate import DamSettings, calibrate
@@ -40,8 +41,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockMask",
     "BoundedCache",
+    "Budget",
     "DamSettings",
     "Explanation",
+    "GatedSettings",
     "LifetimeMask",
     "Mask",
     "MaskCard",

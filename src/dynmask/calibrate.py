@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from dynmask.amplify import AMPLIFIERS, amplify
-from dynmask.card import SCHEMA, MaskCard, describe_model, pack_bits
+from dynmask.card import SCHEMA, MaskCard, describe_model
+from dynmask.card_kinds import pack_bits
 
 if TYPE_CHECKING:
+    from dynmask.budgets import GatedSettings
     from dynmask.retrofit import RetainedSettings
 
 _IMPLEMENTATION = "dynmask_capture"
@@ -84,7 +86,7 @@ def calibrate(
     documents: Sequence[Tensor],
     *,
     policy: str = "dam",
-    settings: "DamSettings | RetainedSettings | None" = None,
+    settings: "DamSettings | RetainedSettings | GatedSettings | None" = None,
     seed: int = 0,
     batch: int = 1,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -97,15 +99,17 @@ def calibrate(
             interface, on any device, in any dtype. Maps are computed in float32.
         documents: token ids, each a 1-D integer tensor of at least `settings.length`
             (`min(settings.lengths)` for "retained").
-        policy: what to calibrate: "dam" averages attention maps, "retained" trains score heads;
-            the rest of this text is about "dam", see `dynmask.retrofit.retrofit` for the other.
-        settings: see `DamSettings` and `RetainedSettings`.
+        policy: what to calibrate: "dam" averages attention maps, "retained" trains score heads,
+            "gated" chooses a budget for every map by its effect; the rest of this text is about
+            "dam", see `dynmask.retrofit.retrofit` and `dynmask.budgets.calibrate_gates` for the
+            others.
+        settings: see `DamSettings`, `RetainedSettings` and `GatedSettings`.
         seed: chooses the window of `settings.length` tokens taken from a longer document (a
             beginning-of-sequence token stays in front). The same model, documents, settings, seed
             and batch give the same card on the same device.
         batch: how many documents run at once. One map of one layer and one document is held at a
             time whatever it is, beside one sum of [h, L, L] float32 for every layer.
-        checkpoint: only for "retained": the file that an interrupted training goes on from.
+        checkpoint: only for "retained" and "gated": the file that an interrupted run goes on from.
         progress: show a progress bar.
 
     Returns:
@@ -122,19 +126,25 @@ def calibrate(
 
     An exception or Ctrl-C leaves the model as it was, and nothing is written anywhere.
     """
-    if policy not in ("dam", "retained"):
+    if policy not in ("dam", "retained", "gated"):
         raise _bad(
-            "policy", "'dam' or 'retained'", repr(policy), "Other policies need no calibration."
+            "policy",
+            "'dam', 'retained' or 'gated'",
+            repr(policy),
+            "Other policies need no calibration.",
         )
+    from dynmask.budgets import GatedSettings, calibrate_gates
     from dynmask.retrofit import RetainedSettings, retrofit
 
-    if policy == "retained":
-        settings = RetainedSettings() if settings is None else settings
-        if not isinstance(settings, RetainedSettings):
-            raise _wrong_settings("RetainedSettings", policy, settings)
-        return retrofit(
-            model, documents, settings, seed=seed, checkpoint=checkpoint, progress=progress
-        )
+    for kind, run, name in (
+        (RetainedSettings, retrofit, "retained"), (GatedSettings, calibrate_gates, "gated"),
+    ):  # fmt: skip
+        if policy == name:
+            if not isinstance(settings, kind | None):
+                raise _wrong_settings(kind.__name__, policy, settings)
+            return run(
+                model, documents, settings, seed=seed, checkpoint=checkpoint, progress=progress
+            )
     if checkpoint is not None:
         raise _bad("checkpoint", "none for policy 'dam'", repr(checkpoint), "Leave it out.")
     settings = DamSettings() if settings is None else settings

@@ -4,7 +4,7 @@
 
     schema     1
     version    the dynmask that wrote it
-    policy     "dam" or "retained"
+    policy     "dam", "retained" or "gated"
     settings   what the policy was calibrated with; `length` is what the figures are of
     model      fingerprint, architecture, layers, heads, kv_heads, head_dim
     data       sha256 of the token ids, documents, tokens, seed
@@ -13,6 +13,7 @@
     windows                         [layers], retained: the model's own sliding window, or null
     curve                           retained: `widths`, and `mass` [layers][kv_heads][widths], the
                                     share of attention that so many keys capture
+    kl                              gated: divergence from the full model at the judged tokens
 
 plus a SHA-256 of the header and one of the tensors, which are checked and dropped when loading.
 Loading reads bytes and numbers only; it never executes anything, and whatever is wrong with a file
@@ -20,7 +21,6 @@ is a `ValueError` before the first tensor is used.
 """
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -28,13 +28,21 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from dynmask.policies import Dam, Retained
+from dynmask.card_kinds import (
+    GET_ANOTHER,
+    POLICIES,
+    Layout,
+    check_figures,
+    is_int,
+    require,
+    section,
+    unpack_bits,
+)
 
 FILE_NAME = "mask_card.safetensors"
 SCHEMA = 1
@@ -42,14 +50,9 @@ SCHEMA = 1
 _METADATA_KEY = "dynmask"
 _MAX_JSON_BYTES = 16 * 2**20
 _MAX_DIMENSIONS = 8
-MAX_HIDDEN = 2**16
 _DTYPES = {"I32": torch.int32, "U8": torch.uint8, "F32": torch.float32}
 _MODEL_FIELDS = ("layers", "heads", "kv_heads", "head_dim")
 _SAMPLES_PER_PARAMETER = 16
-_GET_ANOTHER = "Fetch the card again, or calibrate the model again with dynmask.calibrate."
-
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Name -> dtype and shape of every tensor."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,7 +63,8 @@ class MaskCard:
     `layers.{i}.verticals` int32 [h, V], sorted, padded with -1 at the end;
     `layers.{i}.true_mask` uint8 [h, L, ceil(L / 8)], bit-packed along keys, lowest bit first.
     Of a retained card: `layers.{i}.{name}` float32, the parameters of the layer's score module, for
-    every layer without a sliding window of its own.
+    every layer without a sliding window of its own. Of a gated card: `window` and `columns` int32
+    and `share` float32, all [layers, h], see `dynmask.policies.gated.Gates`.
 
     Raises ValueError if header and tensors do not form a valid card.
     """
@@ -96,7 +100,7 @@ class MaskCard:
 
     def patterns(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Diagonals int32 [h, D], verticals int32 [h, V], true mask bool [h, L, L] of a layer."""
-        _require(
+        require(
             self.header["policy"] == "dam",
             "a card of policy 'dam', which has patterns",
             f"one of {self.header['policy']!r}, whose masks depend on the input",
@@ -110,22 +114,22 @@ class MaskCard:
         return diagonals, verticals, unpack_bits(packed, self.length)
 
     def policy(self, **options: Any) -> Any:
-        """The policy that applies this card, a `Dam` or a `Retained`; give it to `sparsify`.
+        """The policy that applies this card, a `Dam`, `Retained` or `Gated`; for `sparsify`.
 
         Options of a retained card: `width`, keys that a query reads (the card's own when left
         out), and `budget`, "even" (the default: the same width for every head) or "per_head"
         (widths whose mean is `width`, chosen by how much attention mass each head captures with
-        more keys). A DAM card takes `share_group`.
+        more keys). A DAM card takes `share_group`, a gated one nothing.
 
         Raises ValueError for an unknown option or a width that does not fit.
         """
-        return _POLICIES[self.header["policy"]].policy(self, **options)
+        return POLICIES[self.header["policy"]].policy(self, **options)
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless this card was made from `model` (same shape, same weights)."""
         received = describe_model(model)
         for field in ("architecture", *_MODEL_FIELDS, "fingerprint"):
-            _require(
+            require(
                 received[field] == self.header["model"][field],
                 f"the model that it was calibrated on ({field} {self.header['model'][field]})",
                 f"a model with {field} {received[field]}",
@@ -158,7 +162,7 @@ class MaskCard:
         path = Path(source)
         if path.is_dir():
             path = path / FILE_NAME
-            _require(path.is_file(), f"a file {path}", "a folder without it", _GET_ANOTHER)
+            require(path.is_file(), f"a file {path}", "a folder without it", GET_ANOTHER)
         elif not path.is_file():
             path = _download(os.fspath(source), revision)
         return cls._from_file(path)
@@ -218,11 +222,11 @@ class MaskCard:
             layout, spans = _check_spans(table, size - start)
             _check_layout(header, layout)
             data = bytearray(file.read())
-        _require(
+        require(
             seals == (_header_digest(header), _tensors_digest(table, data)),
             "contents that match its own SHA-256",
             "a file that was changed after it was written",
-            _GET_ANOTHER,
+            GET_ANOTHER,
         )
         tensors = {}
         for name, (first, last) in spans.items():
@@ -289,19 +293,6 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     return {"fingerprint": fingerprint(model), **_shape_of(model)}
 
 
-def pack_bits(mask: Tensor) -> Tensor:
-    """Bool [..., n] to uint8 [..., ceil(n / 8)], lowest bit first; unused bits are 0."""
-    padded = nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, length: int) -> Tensor:
-    """Bool [..., length] of what `pack_bits` packed."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed[..., None] >> shifts) & 1).bool().flatten(-2)[..., :length]
-
-
 def _sample(parameter: Tensor) -> list[float]:
     flat = parameter.detach().reshape(-1)
     count = min(_SAMPLES_PER_PARAMETER, flat.numel())
@@ -331,13 +322,6 @@ def _shape_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _require(
-    condition: bool, expected: str, received: object, remedy: str = _GET_ANOTHER, what: str = "card"
-) -> None:
-    if not condition:
-        raise ValueError(f"mask {what}: expected {expected}, received {received}. {remedy}")
-
-
 def _mean(figures: list[list[float]]) -> float:
     return sum(map(sum, figures)) / sum(map(len, figures))
 
@@ -347,9 +331,9 @@ def _mean(figures: list[list[float]]) -> float:
 
 def _read_table(file: Any, size: int) -> tuple[dict[str, Any], int]:
     """The safetensors table and where the data starts."""
-    _require(size >= 8, "a safetensors file", f"a file of {size} bytes")
+    require(size >= 8, "a safetensors file", f"a file of {size} bytes")
     length = int.from_bytes(file.read(8), "little")
-    _require(
+    require(
         2 <= length <= min(size - 8, _MAX_JSON_BYTES),
         f"a table of 2 to {min(size - 8, _MAX_JSON_BYTES)} bytes",
         f"one of {length} bytes in a file of {size}",
@@ -361,7 +345,7 @@ def _read_header(table: dict[str, Any]) -> tuple[dict[str, Any], tuple[Any, Any]
     """The JSON header and its two seals; takes the metadata out of the table."""
     metadata = table.pop("__metadata__", None)
     text = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
-    _require(
+    require(
         isinstance(text, str),
         f"a header in the file's metadata under {_METADATA_KEY!r}",
         "a safetensors file without one",
@@ -386,9 +370,9 @@ def _parse_json(text: bytes, what: str) -> dict[str, Any]:
         parsed = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"mask card: expected JSON in {what}, received something else ({error}). {_GET_ANOTHER}"
+            f"mask card: expected JSON in {what}, received something else ({error}). {GET_ANOTHER}"
         ) from error
-    _require(isinstance(parsed, dict), f"a JSON object in {what}", type(parsed).__name__)
+    require(isinstance(parsed, dict), f"a JSON object in {what}", type(parsed).__name__)
     return parsed
 
 
@@ -397,29 +381,29 @@ def _check_spans(table: dict[str, Any], size: int) -> tuple[Layout, dict[str, tu
     layout: Layout = {}
     spans: dict[str, tuple[int, int]] = {}
     for name, entry in table.items():
-        _require(
+        require(
             isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"},
             f"dtype, shape and data_offsets for {name!r}",
             str(entry)[:80],
         )
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        _require(
+        require(
             isinstance(dtype, str) and dtype in _DTYPES,
             f"a dtype among {', '.join(_DTYPES)} for {name!r}",
             str(dtype)[:80],
         )
-        _require(
+        require(
             isinstance(shape, list)
             and len(shape) <= _MAX_DIMENSIONS
-            and all(_is_int(n, 1) and n <= size for n in shape),
+            and all(is_int(n, 1) and n <= size for n in shape),
             f"a shape of at most {_MAX_DIMENSIONS} positive whole numbers for {name!r}",
             str(shape)[:80],
         )
         need = math.prod(shape) * _DTYPES[dtype].itemsize
-        _require(
+        require(
             isinstance(offsets, list)
             and len(offsets) == 2
-            and all(_is_int(n, 0) for n in offsets)
+            and all(is_int(n, 0) for n in offsets)
             and offsets[1] <= size
             and offsets[1] - offsets[0] == need,
             f"{need} bytes within the {size} bytes of data for {name!r}",
@@ -429,75 +413,54 @@ def _check_spans(table: dict[str, Any], size: int) -> tuple[Layout, dict[str, tu
         spans[name] = offsets[0], offsets[1]
     end = 0
     for name, (first, last) in sorted(spans.items(), key=lambda item: item[1]):
-        _require(
+        require(
             first == end,
             "tensors that follow each other without gap or overlap",
             f"{name!r} at byte {first} where {end} is due",
         )
         end = last
-    _require(end == size, f"{end} bytes of data", f"{size}: the file is cut or has a tail")
+    require(end == size, f"{end} bytes of data", f"{size}: the file is cut or has a tail")
     return layout, spans
 
 
 def _check_header(header: dict[str, Any]) -> None:
-    _require(
-        header.get("schema") == SCHEMA and _is_int(header.get("schema"), 0),
+    require(
+        header.get("schema") == SCHEMA and is_int(header.get("schema"), 0),
         f"schema {SCHEMA}",
         f"schema {str(header.get('schema'))[:80]}",
         "Use the dynmask that wrote the card, or calibrate again with this one.",
     )
-    _require(
-        isinstance(header.get("policy"), str) and header["policy"] in _POLICIES,
-        f"a policy among {', '.join(_POLICIES)}",
+    require(
+        isinstance(header.get("policy"), str) and header["policy"] in POLICIES,
+        f"a policy among {', '.join(POLICIES)}",
         str(header.get("policy"))[:80],
         "Use a newer dynmask, or calibrate again with this one.",
     )
-    _require(isinstance(header.get("version"), str), "a version", header.get("version"))
-    model, data, settings = (_section(header, name) for name in ("model", "data", "settings"))
+    require(isinstance(header.get("version"), str), "a version", header.get("version"))
+    model, data, settings = (section(header, name) for name in ("model", "data", "settings"))
     for field in _MODEL_FIELDS:
-        _require(_is_int(model.get(field), 1), f"model.{field} of at least 1", model.get(field))
+        require(is_int(model.get(field), 1), f"model.{field} of at least 1", model.get(field))
     for field in ("architecture", "fingerprint"):
-        _require(isinstance(model.get(field), str), f"a name in model.{field}", model.get(field))
-    _require(
+        require(isinstance(model.get(field), str), f"a name in model.{field}", model.get(field))
+    require(
         model["heads"] % model["kv_heads"] == 0,
         "heads that are a multiple of kv_heads",
         f"{model['heads']} and {model['kv_heads']}",
     )
     for field in ("documents", "tokens"):
-        _require(_is_int(data.get(field), 1), f"data.{field} of at least 1", data.get(field))
-    _require(isinstance(data.get("sha256"), str), "a hash in data.sha256", data.get("sha256"))
+        require(is_int(data.get(field), 1), f"data.{field} of at least 1", data.get(field))
+    require(isinstance(data.get("sha256"), str), "a hash in data.sha256", data.get("sha256"))
     length = settings.get("length")
-    _require(_is_int(length, 2), "settings.length of at least 2", length)
-    kind = _POLICIES[header["policy"]]
+    require(is_int(length, 2), "settings.length of at least 2", length)
+    kind = POLICIES[header["policy"]]
     for name in kind.figures:
-        _check_figures(name, header.get(name), model["layers"], model["heads"])
+        check_figures(name, header.get(name), model["layers"], model["heads"])
     kind.check_header(header)
 
 
-def _section(header: dict[str, Any], name: str) -> dict[str, Any]:
-    section = header.get(name)
-    _require(isinstance(section, dict), f"a JSON object {name!r} in its header", section)
-    return section or {}
-
-
-def _check_figures(name: str, figures: Any, layers: int, heads: int) -> None:
-    shares = isinstance(figures, list) and len(figures) == layers
-    shares = shares and all(isinstance(row, list) and len(row) == heads for row in figures)
-    shares = shares and all(
-        isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 1
-        for row in figures
-        for x in row
-    )
-    _require(shares, f"{name} as {layers} x {heads} numbers from 0 to 1", str(figures)[:80])
-
-
-def _is_int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def _check_layout(header: dict[str, Any], layout: Layout) -> None:
-    expected = _POLICIES[header["policy"]].layout(header)
-    _require(
+    expected = POLICIES[header["policy"]].layout(header)
+    require(
         layout.keys() == expected.keys(),
         f"the {len(expected)} tensors of {header['model']['layers']} layers",
         f"missing {sorted(expected.keys() - layout.keys())[:3]}, "
@@ -509,7 +472,7 @@ def _check_layout(header: dict[str, Any], layout: Layout) -> None:
             n == m or (m < 0 and 1 <= n <= -m) for n, m in zip(found, shape, strict=True)
         )
         wanted = [m if m > 0 else f"1 to {-m}" for m in shape]
-        _require(
+        require(
             fits and found_dtype == dtype,
             f"{name} {dtype} {wanted}",
             f"{found_dtype} {list(found)}",
@@ -517,153 +480,7 @@ def _check_layout(header: dict[str, Any], layout: Layout) -> None:
 
 
 def _check_values(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    _POLICIES[header["policy"]].check_values(header, tensors)
-
-
-class _DamTensors:
-    """What the tensors of a DAM card must look like."""
-
-    figures = ("density", "kept_mass", "true_density", "true_kept_mass")
-
-    @staticmethod
-    def policy(card: MaskCard, **options: Any) -> "Dam":
-        """The policy of a card."""
-        from dynmask.policies import Dam
-
-        _check_options(options, ("share_group",))
-        return Dam(card, **options)
-
-    @staticmethod
-    def check_header(header: dict[str, Any]) -> None:
-        """Nothing beyond what every card has."""
-
-    @staticmethod
-    def layout(header: dict[str, Any]) -> Layout:
-        """Every tensor; a negative size -n stands for anything from 1 to n."""
-        heads, length = header["model"]["heads"], header["settings"]["length"]
-        layout: Layout = {}
-        for layer in range(header["model"]["layers"]):
-            layout[f"layers.{layer}.diagonals"] = torch.int32, (heads, -length)
-            layout[f"layers.{layer}.verticals"] = torch.int32, (heads, -length)
-            layout[f"layers.{layer}.true_mask"] = (
-                torch.uint8,
-                (heads, length, (length + 7) // 8),
-            )
-        return layout
-
-    @staticmethod
-    def check_values(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        length = header["settings"]["length"]
-        past = pack_bits(torch.ones(length, length, dtype=torch.bool).tril())
-        for name, tensor in tensors.items():
-            if name.endswith("true_mask"):
-                valid = not (tensor.cpu() & ~past).any()
-                _require(valid, f"{name} with causal pairs only", "a bit for a future key")
-            else:
-                _check_offsets(name, tensor.cpu(), length)
-
-
-def _check_offsets(name: str, offsets: Tensor, length: int) -> None:
-    _require(
-        bool(((offsets >= -1) & (offsets < length)).all()),
-        f"{name} in [0, {length}), or -1 for padding",
-        f"{int(offsets.min())} to {int(offsets.max())}",
-    )
-    left, right = offsets[:, :-1], offsets[:, 1:]
-    ordered = ((right > left) & (left >= 0)) | (right == -1)
-    _require(bool(ordered.all()), f"{name} sorted, without repeats, padding last", "another order")
-
-
-class _RetainedTensors:
-    """What the tensors of a retained card must look like: parameters of score modules."""
-
-    figures = ("density", "kept_mass")
-
-    @staticmethod
-    def policy(card: MaskCard, **options: Any) -> "Retained":
-        """The policy of a card."""
-        from dynmask.policies.retained import from_card
-
-        _check_options(options, ("width", "budget"))
-        return from_card(card, **options)
-
-    @staticmethod
-    def check_header(header: dict[str, Any]) -> None:
-        """Settings that the policy is built from, windows and curve."""
-        settings, model, length = header["settings"], header["model"], header["settings"]["length"]
-        head = settings.get("head")
-        _require(head in ("pair", "value"), "settings.head 'pair' or 'value'", str(head)[:80])
-        for name, least in {"hidden": 1, "width": 1, "window": 0, "sinks": 0}.items():
-            most = MAX_HIDDEN if name == "hidden" else 2**31 - 1
-            value = settings.get(name)
-            _require(
-                _is_int(value, least) and value <= most,
-                f"settings.{name} from {least} to {most}",
-                str(value)[:80],
-            )
-        floor = settings["window"] + settings["sinks"]
-        _require(settings["width"] >= floor, f"settings.width >= {floor}", settings["width"])
-        sizes = model["kv_heads"], model["head_dim"]
-        _require(max(sizes) <= MAX_HIDDEN, f"kv_heads and head_dim up to {MAX_HIDDEN}", sizes)
-        windows = header.get("windows")
-        _require(
-            isinstance(windows, list)
-            and len(windows) == model["layers"]
-            and all(w is None or (_is_int(w, 1) and w < 2**31) for w in windows),
-            f"windows as {model['layers']} whole numbers or null",
-            str(windows)[:80],
-        )
-        curve = _section(header, "curve")
-        widths, mass = curve.get("widths"), curve.get("mass")
-        _require(
-            isinstance(widths, list)
-            and len(widths) >= 1
-            and all(_is_int(w, 1) and w < 2**31 for w in widths)
-            and all(a < b for a, b in itertools.pairwise(widths))
-            and widths[0] >= max(floor, 1),
-            f"curve.widths as rising whole numbers from {floor}",
-            str(widths)[:80],
-        )
-        _require(
-            isinstance(mass, list) and len(mass) == model["layers"],
-            f"curve.mass of {model['layers']} layers",
-            str(mass)[:80],
-        )
-        for layer, table in enumerate(mass or []):
-            _check_figures(f"curve.mass[{layer}]", table, model["kv_heads"], len(widths or []))
-        _require(length <= 2**31, "settings.length up to 2**31", length)
-
-    @staticmethod
-    def layout(header: dict[str, Any]) -> Layout:
-        """Every tensor: what a score module of these sizes has, for each layer that has one."""
-        from dynmask.policies.retained import score_module
-
-        module = score_module(header["settings"], header["model"], device="meta")
-        return {
-            f"layers.{layer}.{name}": (torch.float32, tuple(tensor.shape))
-            for layer, window in enumerate(header["windows"])
-            if window is None
-            for name, tensor in module.state_dict().items()
-        }
-
-    @staticmethod
-    def check_values(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            _require(bool(tensor.isfinite().all()), f"{name} finite", "NaN or infinity")
-
-
-def _check_options(options: dict[str, Any], known: tuple[str, ...]) -> None:
-    unknown = sorted(options.keys() - set(known))
-    if unknown:
-        raise ValueError(
-            f"policy: expected options among {', '.join(known)}, received {unknown[0]!r}."
-        )
-
-
-_POLICIES: dict[str, type[_DamTensors] | type[_RetainedTensors]] = {
-    "dam": _DamTensors,
-    "retained": _RetainedTensors,
-}
+    POLICIES[header["policy"]].check_values(header, tensors)
 
 
 def _header_digest(header: dict[str, Any]) -> str:
@@ -706,7 +523,7 @@ def _hub() -> Any:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    _require(
+    require(
         re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None,
         "a folder, a file or a hub name (owner/name)",
         f"{name!r}, which does not exist here",

@@ -20,7 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dynmask.card import MAX_HIDDEN, SCHEMA, MaskCard, describe_model
+from dynmask.card import SCHEMA, MaskCard, describe_model
+from dynmask.card_kinds import MAX_HIDDEN
 from dynmask.masks import LifetimeMask
 from dynmask.nn import Retention
 from dynmask.teaching import Heads, Training, measure

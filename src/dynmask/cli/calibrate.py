@@ -23,6 +23,10 @@ card: one small file of data for exactly this model, used as --policy dam:FOLDER
 With --policy retained small score heads are trained instead, minutes on a GPU; the
 model stays as it is. They tell which keys later queries will look for, so that
 --policy retained:FOLDER,width=512 reads and keeps 512 keys at any length.
+
+With --policy gated every attention map (layer x head) gets the smallest budget whose
+effect on the model's own predictions is within its share of --max-kl: --policy
+gated:FOLDER reads sinks, a window and the columns that the newest queries look at.
 """
 EPILOG = """\
 examples:
@@ -30,15 +34,20 @@ examples:
   dynmask calibrate --model Qwen/Qwen3-0.6B --text notes/ --text 'books/*.txt' --out qwen-card
   dynmask calibrate --model MODEL --text data.jsonl --documents 64 --length 1024 --out card
   dynmask calibrate --model MODEL --policy retained --text long/ --minutes 3 --out kept-card
+  dynmask calibrate --model MODEL --policy gated --text long/ --max-kl 0.02 --out gated-card
 
 Documents that are shorter than --length tokens are joined with the next ones of the
 same source; what is left over is not used.
 """
 
-DAM_OPTIONS = ("length", "tau", "mu", "lam", "amplifier", "min_support")
-RETAINED_OPTIONS = (
-    "minutes", "steps", "lengths", "tokens", "head", "width", "window", "sinks", "checkpoint",
-)  # fmt: skip
+OPTIONS = {
+    "dam": ("length", "tau", "mu", "lam", "amplifier", "min_support"),
+    "retained": (
+        "minutes", "steps", "lengths", "tokens", "head", "width", "window", "sinks", "checkpoint",
+    ),
+    "gated": ("max_kl", "density", "judged", "lengths", "sinks", "checkpoint"),
+}  # fmt: skip
+"""Which options say something about which policy."""
 SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 
 
@@ -63,13 +72,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--documents",
         type=positive,
         metavar="N",
-        help="how many to use, of each length (32; retained: 2000)",
+        help="how many to use, of each length (32; retained: 2000; gated: 2)",
     )
     command.add_argument(
         "--policy",
-        choices=("dam", "retained"),
+        choices=tuple(OPTIONS),
         default="dam",
-        help="what the card is for: dam, or retained, which trains score heads (dam)",
+        help="what the card is for: dam, retained, which trains score heads, or gated, which "
+        "chooses budgets (dam)",
     )
     dam = command.add_argument_group("DAM settings (defaults as published)")
     dam.add_argument("--length", type=positive, default=512, help="tokens per document, L (512)")
@@ -89,7 +99,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="cells that a pattern needs; 1 is the paper's rule (64)",
     )
-    kept = command.add_argument_group("settings of retained")
+    kept = command.add_argument_group("settings of retained, some of them of gated")
     kept.add_argument(
         "--minutes", type=float, default=3.0, help="how long the score heads are trained (3)"
     )
@@ -117,7 +127,28 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     kept.add_argument(
         "--checkpoint",
         metavar="FILE",
-        help="written while training, on Ctrl-C too; training goes on from it if it is there",
+        help="written while working, on Ctrl-C too; the work goes on from it if it is there",
+    )
+    gated = command.add_argument_group("settings of gated, beside --lengths and --sinks")
+    gated.add_argument(
+        "--max-kl",
+        type=float,
+        default=0.02,
+        metavar="NATS",
+        help="divergence from the full model that is allowed at a judged token (0.02)",
+    )
+    gated.add_argument(
+        "--density",
+        type=float,
+        metavar="SHARE",
+        help="the smallest divergence that keeps the density at or below this, up to --max-kl",
+    )
+    gated.add_argument(
+        "--judged",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="tokens of a document that are judged (64)",
     )
 
 
@@ -132,8 +163,8 @@ def run(arguments: argparse.Namespace) -> int:
             "choose another folder or pass --force to replace it"
         )
     _refuse_other_options(arguments)
-    if arguments.policy == "retained":
-        return _retained(arguments, folder)
+    if arguments.policy != "dam":
+        return {"retained": _retained, "gated": _gated}[arguments.policy](arguments, folder)
     from dynmask.calibrate import DamSettings, calibrate
 
     count = arguments.documents or 32
@@ -165,8 +196,8 @@ def _refuse_other_options(arguments: argparse.Namespace) -> None:
     """Raise ``ValueError`` for an option that the policy would ignore."""
     command = argparse.ArgumentParser()
     add_arguments(command)
-    other = DAM_OPTIONS if arguments.policy == "retained" else RETAINED_OPTIONS
-    for name in other:
+    own = OPTIONS[arguments.policy]
+    for name in {name for names in OPTIONS.values() for name in names if name not in own}:
         if getattr(arguments, name) != command.get_default(name):
             raise ValueError(
                 f"--{name.replace('_', '-')}: expected with another --policy than "
@@ -183,6 +214,45 @@ def _retained(arguments: argparse.Namespace, folder: Path) -> int:
     given = {name: getattr(arguments, name) for name in names}
     wanted = sorted(set(arguments.lengths))
     RetainedSettings(**given, lengths=tuple(wanted))
+    model, pieces, lengths = _pieces(arguments, wanted, arguments.documents or 2000)
+    card = calibrate(
+        model,
+        pieces,
+        policy="retained",
+        settings=RetainedSettings(**given, lengths=tuple(lengths)),
+        seed=arguments.seed,
+        checkpoint=arguments.checkpoint,
+        progress=not arguments.quiet,
+    )
+    hint = f"use it with --policy retained:{folder},width={arguments.width}"
+    return _save(card, folder, arguments.json, hint)
+
+
+def _gated(arguments: argparse.Namespace, folder: Path) -> int:
+    """Choose the budget of every map and save the card."""
+    from dynmask.budgets import GatedSettings
+    from dynmask.calibrate import calibrate
+
+    names = ("max_kl", "density", "judged", "sinks")
+    settings = GatedSettings(**{name: getattr(arguments, name) for name in names})
+    wanted = sorted(set(arguments.lengths))
+    model, pieces, _ = _pieces(arguments, wanted, arguments.documents or 2)
+    card = calibrate(
+        model,
+        pieces,
+        policy="gated",
+        settings=settings,
+        seed=arguments.seed,
+        checkpoint=arguments.checkpoint,
+        progress=not arguments.quiet,
+    )
+    return _save(card, folder, arguments.json, f"use it with --policy gated:{folder}")
+
+
+def _pieces(
+    arguments: argparse.Namespace, wanted: list[int], count: int
+) -> tuple[Any, list[Any], list[int]]:
+    """The model, ``count`` documents of each length that text and model allow, and the lengths."""
     sources = list(texts(arguments.text, arguments.field))
     check_output_folder(arguments.out)
     model, tokenizer = load(arguments)
@@ -190,7 +260,6 @@ def _retained(arguments: argparse.Namespace, folder: Path) -> int:
     pieces: list[Any] = []
     lengths: list[int] = []
     for length in wanted:
-        count = arguments.documents or 2000
         own = documents(tokenizer, sources, length, count, arguments.seed)
         if length <= limit and own:
             lengths.append(length)
@@ -203,17 +272,7 @@ def _retained(arguments: argparse.Namespace, folder: Path) -> int:
         )
     if lengths != wanted:
         say(f"note: text and model go as far as lengths of {', '.join(map(str, lengths))} tokens")
-    card = calibrate(
-        model,
-        pieces,
-        policy="retained",
-        settings=RetainedSettings(**given, lengths=tuple(lengths)),
-        seed=arguments.seed,
-        checkpoint=arguments.checkpoint,
-        progress=not arguments.quiet,
-    )
-    hint = f"use it with --policy retained:{folder},width={arguments.width}"
-    return _save(card, folder, arguments.json, hint)
+    return model, pieces, lengths
 
 
 def _save(card: Any, folder: Path, as_json: bool, hint: str) -> int:

@@ -27,9 +27,10 @@ OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 POLICY_HELP = (
     "what each query reads: full (the model's own attention), streaming, vertical_slash, pooled, "
-    "h2o, snapkv, each with optional settings as in streaming:sinks=4,window=1024, or dam:FOLDER "
-    "or retained:FOLDER with a card made by dynmask calibrate; retained:FOLDER,width=512 keeps 512 "
-    "keys, and budget=per_head spreads them over the heads"
+    "h2o, snapkv, gated, elastic, flexprefill, xattention, quest, oracle_tokens, oracle_blocks, "
+    "each with optional settings as in streaming:sinks=4,window=1024, or dam:FOLDER, "
+    "retained:FOLDER or gated:FOLDER with a card made by dynmask calibrate; "
+    "retained:FOLDER,width=512 keeps 512 keys, and budget=per_head spreads them over the heads"
 )
 
 
@@ -140,10 +141,10 @@ def resolve_policy(spec: str) -> Any:
 def policy_label(spec: str) -> str:
     """Return the name of a policy in tables: a card's folder without the path to it."""
     name, _, rest = spec.partition(":")
-    if name not in ("dam", "retained") or not rest:
-        return spec
-    from dynmask.policies import split_card
+    from dynmask.policies import split_card, takes_card
 
+    if not rest or not takes_card(spec):
+        return spec
     path, options = split_card(rest) if name == "retained" else (rest, {})
     return ",".join([f"{name}:{Path(path).name}", *(f"{k}={v}" for k, v in options.items())])
 

@@ -31,7 +31,7 @@ HELP = "compare policies on a task: right answers, density, mass kept, speed, me
 DESCRIPTION = """\
 Ask a model the same questions under several policies and print one table: right
 answers, density (kept pairs / causal pairs), attention mass kept, prefill seconds,
-milliseconds a decoded token, and peak memory. With --out the report is written as
+milliseconds a decoded token, the cache and peak memory. With --out the report is written as
 JSON with versions and device, and as pictures; an interrupted run resumes there.
 
 tasks:

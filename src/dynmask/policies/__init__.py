@@ -10,6 +10,7 @@ from .causal import Causal
 from .dam import Dam
 from .elastic import Elastic
 from .flexprefill import FlexPrefill
+from .gated import Gated
 from .h2o import H2O
 from .oracle import OracleBlocks, OracleTokens
 from .pooled import Pooled
@@ -33,36 +34,34 @@ FIXED = {
         Quest,
         H2O,
         SnapKV,
+        Gated,
         OracleTokens,
         OracleBlocks,
     )
 }
 """Policies that need no card, by name."""
 
-FROM_CARD = (Dam.name, Retained.name)
-"""Policies that a mask card gives, by name."""
+FROM_CARD = (Dam.name, Retained.name, Gated.name)
+"""Policies that a mask card gives, by name; gated also runs without one."""
 
-NAMES = (*FIXED, *FROM_CARD)
+NAMES = tuple(dict.fromkeys((*FIXED, *FROM_CARD)))
 
 
 def parse(spec: str) -> Policy:
     """A policy from its text form: ``name``, ``name:field=value,...`` or ``dam:path-to-card``.
 
-    ``retained:path-to-card`` may be followed by ``,width=512`` and ``,budget=per_head``.
+    ``retained:path-to-card`` may be followed by ``,width=512`` and ``,budget=per_head``. ``gated``
+    takes either a card or fields.
 
     Raises:
         ValueError: an unknown name or field, a value of the wrong type or out of range.
     """
     name, _, rest = spec.partition(":")
-    if name in FROM_CARD:
+    if takes_card(spec):
         return _from_card(name, rest)
     if name not in FIXED:
         raise ValueError(f"policy: expected one of {', '.join(NAMES)}, received {name!r}")
-    kind = FIXED[name]
-    types = get_type_hints(kind)
-    numbers = {f.name: _number(types[f.name]) for f in fields(kind)}
-    known = {field: number for field, number in numbers.items() if number is not None}
-    values = {}
+    known, values = _numbers(name), {}
     for item in filter(None, rest.split(",")):
         field, _, text = item.partition("=")
         try:
@@ -75,7 +74,24 @@ def parse(spec: str) -> Policy:
             raise ValueError(
                 f"policy {name}: expected {field} as {known[field].__name__}, received {text!r}"
             ) from None
-    return kind(**values)
+    return FIXED[name](**values)
+
+
+def takes_card(spec: str) -> bool:
+    """Whether the text form of a policy names a card."""
+    name, _, rest = spec.partition(":")
+    if name not in FROM_CARD or name not in FIXED:
+        return name in FROM_CARD
+    known = _numbers(name)
+    return not all(item.partition("=")[0] in known for item in filter(None, rest.split(",")))
+
+
+def _numbers(name: str) -> dict[str, type[int] | type[float]]:
+    """The fields of a policy that take a number, and which."""
+    kind = FIXED[name]
+    types = get_type_hints(kind)
+    numbers = {f.name: _number(types[f.name]) for f in fields(kind)}
+    return {field: number for field, number in numbers.items() if number is not None}
 
 
 def _number(hint: Any) -> type[int] | type[float] | None:
@@ -136,6 +152,7 @@ __all__ = [
     "Dam",
     "Elastic",
     "FlexPrefill",
+    "Gated",
     "Layer",
     "OracleBlocks",
     "OracleTokens",
@@ -149,4 +166,5 @@ __all__ = [
     "XAttention",
     "parse",
     "split_card",
+    "takes_card",
 ]

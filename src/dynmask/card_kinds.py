@@ -1,0 +1,262 @@
+"""What a mask card of each policy holds: its header, its tensors, and how they are checked."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .card import MaskCard
+    from .policies import Dam, Retained
+    from .policies.gated import Gated
+
+GET_ANOTHER = "Fetch the card again, or calibrate the model again with dynmask.calibrate."
+MAX_HIDDEN = 2**16
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Name -> dtype and shape of every tensor."""
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Bool [..., n] to uint8 [..., ceil(n / 8)], lowest bit first; unused bits are 0."""
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, length: int) -> Tensor:
+    """Bool [..., length] of what `pack_bits` packed."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed[..., None] >> shifts) & 1).bool().flatten(-2)[..., :length]
+
+
+def require(
+    condition: bool, expected: str, received: object, remedy: str = GET_ANOTHER, what: str = "card"
+) -> None:
+    """Raise ValueError unless the condition holds."""
+    if not condition:
+        raise ValueError(f"mask {what}: expected {expected}, received {received}. {remedy}")
+
+
+def section(header: dict[str, Any], name: str) -> dict[str, Any]:
+    """A JSON object of a header."""
+    found = header.get(name)
+    require(isinstance(found, dict), f"a JSON object {name!r} in its header", found)
+    return found or {}
+
+
+def check_figures(name: str, figures: Any, layers: int, heads: int) -> None:
+    """Shares, one for each layer and head."""
+    shares = isinstance(figures, list) and len(figures) == layers
+    shares = shares and all(isinstance(row, list) and len(row) == heads for row in figures)
+    shares = shares and all(
+        isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 1
+        for row in figures
+        for x in row
+    )
+    require(shares, f"{name} as {layers} x {heads} numbers from 0 to 1", str(figures)[:80])
+
+
+def is_int(value: Any, least: int) -> bool:
+    """Whether a JSON value is a whole number of at least ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_options(options: dict[str, Any], known: tuple[str, ...]) -> None:
+    """Raise ValueError for an option that a policy does not have."""
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        raise ValueError(
+            f"policy: expected options among {', '.join(known)}, received {unknown[0]!r}."
+        )
+
+
+class DamTensors:
+    """What the tensors of a DAM card must look like."""
+
+    figures = ("density", "kept_mass", "true_density", "true_kept_mass")
+
+    @staticmethod
+    def policy(card: MaskCard, **options: Any) -> Dam:
+        """The policy of a card."""
+        from dynmask.policies import Dam
+
+        check_options(options, ("share_group",))
+        return Dam(card, **options)
+
+    @staticmethod
+    def check_header(header: dict[str, Any]) -> None:
+        """Nothing beyond what every card has."""
+
+    @staticmethod
+    def layout(header: dict[str, Any]) -> Layout:
+        """Every tensor; a negative size -n stands for anything from 1 to n."""
+        heads, length = header["model"]["heads"], header["settings"]["length"]
+        layout: Layout = {}
+        for layer in range(header["model"]["layers"]):
+            layout[f"layers.{layer}.diagonals"] = torch.int32, (heads, -length)
+            layout[f"layers.{layer}.verticals"] = torch.int32, (heads, -length)
+            layout[f"layers.{layer}.true_mask"] = (
+                torch.uint8,
+                (heads, length, (length + 7) // 8),
+            )
+        return layout
+
+    @staticmethod
+    def check_values(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """What the numbers must be."""
+        length = header["settings"]["length"]
+        past = pack_bits(torch.ones(length, length, dtype=torch.bool).tril())
+        for name, tensor in tensors.items():
+            if name.endswith("true_mask"):
+                valid = not (tensor.cpu() & ~past).any()
+                require(valid, f"{name} with causal pairs only", "a bit for a future key")
+            else:
+                _check_offsets(name, tensor.cpu(), length)
+
+
+def _check_offsets(name: str, offsets: Tensor, length: int) -> None:
+    require(
+        bool(((offsets >= -1) & (offsets < length)).all()),
+        f"{name} in [0, {length}), or -1 for padding",
+        f"{int(offsets.min())} to {int(offsets.max())}",
+    )
+    left, right = offsets[:, :-1], offsets[:, 1:]
+    ordered = ((right > left) & (left >= 0)) | (right == -1)
+    require(bool(ordered.all()), f"{name} sorted, without repeats, padding last", "another order")
+
+
+class RetainedTensors:
+    """What the tensors of a retained card must look like: parameters of score modules."""
+
+    figures = ("density", "kept_mass")
+
+    @staticmethod
+    def policy(card: MaskCard, **options: Any) -> Retained:
+        """The policy of a card."""
+        from dynmask.policies.retained import from_card
+
+        check_options(options, ("width", "budget"))
+        return from_card(card, **options)
+
+    @staticmethod
+    def check_header(header: dict[str, Any]) -> None:
+        """Settings that the policy is built from, windows and curve."""
+        settings, model, length = header["settings"], header["model"], header["settings"]["length"]
+        head = settings.get("head")
+        require(head in ("pair", "value"), "settings.head 'pair' or 'value'", str(head)[:80])
+        for name, least in {"hidden": 1, "width": 1, "window": 0, "sinks": 0}.items():
+            most = MAX_HIDDEN if name == "hidden" else 2**31 - 1
+            value = settings.get(name)
+            require(
+                is_int(value, least) and value <= most,
+                f"settings.{name} from {least} to {most}",
+                str(value)[:80],
+            )
+        floor = settings["window"] + settings["sinks"]
+        require(settings["width"] >= floor, f"settings.width >= {floor}", settings["width"])
+        sizes = model["kv_heads"], model["head_dim"]
+        require(max(sizes) <= MAX_HIDDEN, f"kv_heads and head_dim up to {MAX_HIDDEN}", sizes)
+        windows = header.get("windows")
+        require(
+            isinstance(windows, list)
+            and len(windows) == model["layers"]
+            and all(w is None or (is_int(w, 1) and w < 2**31) for w in windows),
+            f"windows as {model['layers']} whole numbers or null",
+            str(windows)[:80],
+        )
+        curve = section(header, "curve")
+        widths, mass = curve.get("widths"), curve.get("mass")
+        require(
+            isinstance(widths, list)
+            and len(widths) >= 1
+            and all(is_int(w, 1) and w < 2**31 for w in widths)
+            and all(a < b for a, b in itertools.pairwise(widths))
+            and widths[0] >= max(floor, 1),
+            f"curve.widths as rising whole numbers from {floor}",
+            str(widths)[:80],
+        )
+        require(
+            isinstance(mass, list) and len(mass) == model["layers"],
+            f"curve.mass of {model['layers']} layers",
+            str(mass)[:80],
+        )
+        for layer, table in enumerate(mass or []):
+            check_figures(f"curve.mass[{layer}]", table, model["kv_heads"], len(widths or []))
+        require(length <= 2**31, "settings.length up to 2**31", length)
+
+    @staticmethod
+    def layout(header: dict[str, Any]) -> Layout:
+        """Every tensor: what a score module of these sizes has, for each layer that has one."""
+        from dynmask.policies.retained import score_module
+
+        module = score_module(header["settings"], header["model"], device="meta")
+        return {
+            f"layers.{layer}.{name}": (torch.float32, tuple(tensor.shape))
+            for layer, window in enumerate(header["windows"])
+            if window is None
+            for name, tensor in module.state_dict().items()
+        }
+
+    @staticmethod
+    def check_values(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """What the numbers must be."""
+        for name, tensor in tensors.items():
+            require(bool(tensor.isfinite().all()), f"{name} finite", "NaN or infinity")
+
+
+class GatedTensors:
+    """What the tensors of a gated card must look like: one number for each map."""
+
+    figures = ("density", "kept_mass")
+
+    @staticmethod
+    def policy(card: MaskCard, **options: Any) -> Gated:
+        """The policy of a card."""
+        from dynmask.budgets import gated_of
+
+        check_options(options, ())
+        return gated_of(card)
+
+    @staticmethod
+    def check_header(header: dict[str, Any]) -> None:
+        """Settings that the policy is built from, and the divergence."""
+        from dynmask.budgets import settings_of
+
+        try:
+            settings_of(header["settings"])
+        except (TypeError, ValueError, KeyError) as error:
+            require(False, "settings of a gated policy", str(error)[:120])
+        kl = header.get("kl")
+        number = isinstance(kl, int | float) and not isinstance(kl, bool)
+        require(number and 0 <= kl < math.inf, "kl of at least 0", str(kl)[:80])  # type: ignore[operator]
+
+    @staticmethod
+    def layout(header: dict[str, Any]) -> Layout:
+        """Three tables."""
+        shape = header["model"]["layers"], header["model"]["heads"]
+        return {
+            "window": (torch.int32, shape),
+            "columns": (torch.int32, shape),
+            "share": (torch.float32, shape),
+        }
+
+    @staticmethod
+    def check_values(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """What the numbers must be."""
+        from dynmask.policies.gated import Gates
+
+        finite = bool(tensors["share"].isfinite().all())
+        require(finite, "share finite", "NaN or infinity")
+        Gates(**{name: tensor.cpu() for name, tensor in tensors.items()})
+
+
+POLICIES: dict[str, type[DamTensors] | type[RetainedTensors] | type[GatedTensors]] = {
+    "dam": DamTensors,
+    "retained": RetainedTensors,
+    "gated": GatedTensors,
+}
