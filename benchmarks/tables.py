@@ -1,9 +1,10 @@
-"""Tables of README and docs/performance.md, written from the result files:
+"""Tables of README, docs/performance.md and docs/retained.md, written from the result files:
 ``python benchmarks/tables.py``.
 
 A test runs ``text()`` and compares, so a number in README cannot part from its result.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,11 +13,36 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.gpu_cases import CASES
 from benchmarks.headline import rows_of
+from dynmask import MaskCard
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
+RETAINED = ROOT / "docs" / "retained.md"
+MODEL = ROOT / "models" / "dynmask-reference"
+CARD = ROOT / "models" / "dynmask-reference-retained"
+
+CACHES = (
+    ("full", "full", None),
+    ("retained per head, w 512", "retained pair per head", 512),
+    ("retained per head, w 256", "retained pair per head", 256),
+    ("streaming, w 512", "streaming", 512),
+    ("SnapKV, w 512", "snapkv", 512),
+    ("H2O, w 512", "h2o", 512),
+)
+"""Rows of README's retained table: name, policy in the results, keys a head."""
+
+ASKED = ((16_384, ("needle", "document", "lines")), (32_768, ("needle", "document")))
+"""Its columns: tokens and tasks."""
+
+TASKS = {"needle": "needle", "document": "facts", "lines": "records"}
+
+SHOWN = ("dynmask", "cudnn", "sdpa", "folded")
+"""Variants that README's GPU table and its sentence on decoding speak of."""
+
+SLOT = 8
+"""Bytes of a slot of a `BoundedCache` beside its key and value: position and score."""
 
 
 def reference() -> str:
@@ -57,6 +83,101 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{round(row['accuracy'] * row['n'])} of {row['n']}, {row['density']:.1%}"
 
 
+def retained() -> str:
+    """A cache of w keys of the shipped card beside full attention and others that evict."""
+    rows = rows_of(RESULTS / "retrofit.jsonl")
+    if not rows:
+        return "Not measured yet."
+    cells = {(r["policy"], r["width"], r["task"], r["length"]): r["accuracy"] for r in rows}
+    head = [f"{n:,} tokens: cache | " + " | ".join(TASKS[t] for t in ts) for n, ts in ASKED]
+    lines = [
+        "The same model, frozen, with the shipped card `models/dynmask-reference-retained`: cache "
+        f"(bfloat16) and\nright answers, n = {rows[0]['n']} each, about one fact in prose, one of "
+        f"several facts, one of many records;\n{_retrofit_origin(rows)}:",
+        "",
+        f"| policy | {' | '.join(head)} |",
+        "|---|" + "---|" * sum(1 + len(tasks) for _, tasks in ASKED),
+    ]
+    for name, policy, width in CACHES:
+        line = f"| {name} |"
+        for length, tasks in ASKED:
+            found = [f"{cells[policy, width, task, length]:.0%}" for task in tasks]
+            line += f" {_cache_size(policy, width, length)} | {' | '.join(found)} |"
+        lines.append(line)
+    records = {p: cells[p, w, "lines", ASKED[0][0]] for _, p, w in CACHES if w is not None}
+    taught = max(x for p, x in records.items() if p.startswith("retained"))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "\\* its keys alone: dynmask runs it as a mask and frees nothing.",
+            "",
+            f"Records do not compress: the taught scores answer {taught:.0%} of them, the best of "
+            f"these caches {max(records.values()):.0%}. Nearly every key\nof random lines must be "
+            "kept; there a choice that sees the question is needed (`docs/retained.md`).",
+        ]
+    )
+
+
+def retained_full() -> str:
+    """Every task, length and width of the retrofit."""
+    rows = rows_of(RESULTS / "retrofit.jsonl")
+    if not rows:
+        return "Not measured yet."
+    cells = {(r["policy"], r["width"], r["task"], r["length"]): r["accuracy"] for r in rows}
+    widths = sorted({r["width"] for r in rows if r["policy"] == "retained pair"})
+    kinds = ["retained pair per head", "retained pair", "retained value", "streaming", "snapkv"]
+    lines = [
+        f"Share of right answers, n = {rows[0]['n']} a cell, held-out words and text, "
+        f"{_retrofit_origin(rows)}\n(`python recipes/retrofit.py`, "
+        "`benchmarks/results/retrofit.jsonl`):",
+        "",
+        f"| task, tokens | policy | {' | '.join(f'w {w}' for w in widths)} | full |",
+        "|---|---|" + "---|" * (len(widths) + 1),
+    ]
+    for task in TASKS:
+        for length in sorted({r["length"] for r in rows if r["task"] == task}):
+            full = cells["full", None, task, length]
+            for kind in [*kinds, "h2o"]:
+                found = [f"{cells[kind, w, task, length]:.0%}" for w in widths]
+                line = f"| {task} {length:,} | {kind} | {' | '.join(found)} | {full:.0%} |"
+                lines.append(line)
+    return "\n".join(lines)
+
+
+def _retrofit_origin(rows: list[dict[str, Any]]) -> str:
+    """Device, version and commit of the retrofit's rows."""
+    found = {(r["device"]["name"], r["versions"]["torch"], r["commit"][:7], r["n"]) for r in rows}
+    assert len(found) == 1, f"one sentence cannot speak for {found}"
+    device, torch, commit, _ = found.pop()
+    return f"{device}, torch {torch}, commit {commit}"
+
+
+def _cache_size(policy: str, width: int | None, tokens: int) -> str:
+    """Size of the reference model's cache in bfloat16, and how much smaller than the full one."""
+    config = json.loads((MODEL / "config.json").read_text())
+    heads = config["num_hidden_layers"] * config["num_key_value_heads"]
+    pair = 2 * 2 * config["head_dim"]  # bytes of a key and its value
+    whole = heads * tokens * pair
+    if width is None:
+        return f"{whole / 1e6:.0f} MB"
+    if policy.startswith("retained"):
+        size = bounded_bytes(width, 2)
+    else:
+        size = heads * width * (pair + (SLOT if policy == "streaming" else 0))
+    mark = "\\*" if policy in ("snapkv", "h2o") else ""
+    return f"{size / 1e6:.1f} MB{mark}, {whole / size:.0f}x smaller"
+
+
+def bounded_bytes(width: int, itemsize: int) -> int:
+    """Bytes of a `BoundedCache` of the shipped card, a width for each head, once it is full."""
+    card = MaskCard.from_pretrained(CARD)
+    pair = 2 * itemsize * card.header["model"]["head_dim"]
+    widths = card.policy(width=width, budget="per_head").width
+    # every head of a layer has as many slots as its widest
+    return sum(len(layer) * max(layer) for layer in widths) * (pair + SLOT)
+
+
 def cpu() -> str:
     """The CPU kernel beside SDPA."""
     rows = rows_of(RESULTS / "cpu.jsonl")
@@ -91,8 +212,9 @@ def gpu() -> str:
     timed = {name: c for name, c in cases.items() if "median_s" in c.get("dynmask", {})}
     if not timed:
         return "Not measured yet."
+    shown = [r for r in rows if r["mask"] != "auto" and r["variant"] in SHOWN]
     lines = [
-        *_gpu_head(rows, "selection and lowering included, against cuDNN's causal attention:"),
+        *_gpu_head(shown, "selection and lowering included, against cuDNN's causal attention:"),
         "| mask, tokens / w | dynmask | cuDNN | speedup | kept TFLOP/s | selection, lowering |",
         "|---|---|---|---|---|---|",
     ]
@@ -163,7 +285,11 @@ def _remarks(row: dict[str, Any]) -> str:
 
 def _gpu_head(rows: list[dict[str, Any]], words: str) -> list[str]:
     """Device, shapes, ceilings."""
-    first = next((r for r in rows if "median_s" in r), rows[0])
+    timed = [r for r in rows if "median_s" in r] or rows
+    origins = {(r["device"]["name"], r["versions"]["torch"]) for r in timed}
+    assert len(origins) == 1, f"one sentence cannot speak for {origins}"
+    device, torch = origins.pop()
+    commits = list(dict.fromkeys(r["commit"][:7] for r in timed))
     (limits,) = [r for r in rows_of(RESULTS / "gpu.jsonl") if r["variant"] == "device"] or [{}]
     most = ""
     if limits:
@@ -173,8 +299,7 @@ def _gpu_head(rows: list[dict[str, Any]], words: str) -> list[str]:
         )
     return [
         "bfloat16, 32 query heads, 8 kv heads, head dim 128, "
-        f"{first['device']['name']}, torch {first['versions']['torch']}, commit "
-        f"{first['commit'][:7]}{most};",
+        f"{device}, torch {torch}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}{most};",
         words,
         "",
     ]
@@ -239,7 +364,15 @@ def _ratio(dense: dict[str, Any], ours: dict[str, Any]) -> str:
     return f"{ratio:.0f}x" if ratio >= 100 else f"{ratio:.1f}x" if ratio >= 10 else f"{ratio:.2f}x"
 
 
-TABLES = {"reference": reference, "cpu": cpu, "gpu": gpu, "gpu-full": gpu_full, "goals": goals}
+TABLES = {
+    "reference": reference,
+    "retained": retained,
+    "retained-full": retained_full,
+    "cpu": cpu,
+    "gpu": gpu,
+    "gpu-full": gpu_full,
+    "goals": goals,
+}
 
 
 def text(page: str) -> str:
@@ -253,6 +386,6 @@ def text(page: str) -> str:
 
 
 if __name__ == "__main__":
-    for file in (README, PERFORMANCE):
+    for file in (README, PERFORMANCE, RETAINED):
         if file.exists():
             file.write_text(text(file.read_text()))

@@ -2,7 +2,9 @@
 
 Loads the reference model of this repository, calibrates DAM on it, hides facts in about 8,000
 tokens of real prose, asks for one of them with full attention and with every mask, and prints one
-table. Pictures and the report go to ``demo-output/``. Needs a CPU and a few minutes.
+table. Then it asks the first question once more with caches that hold nothing but the keys that
+are still read, and says how large they are and whether the answer stays. Pictures and the report
+go to ``demo-output/``. Needs a CPU and a few minutes.
 
     python examples/demo.py                       # the whole demo
     python examples/demo.py --length 2048 --n 3   # a short one
@@ -15,15 +17,19 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "dynmask-reference"
-PICTURE_TOKENS = 2048  # masks are drawn on a shorter prompt: patterns show, and drawing is quick
+RETAINED = ROOT / "models" / "dynmask-reference-retained"
+WIDTHS = (512, 256)  # keys that a head of the retained policy keeps, on average
+PICTURE_TOKENS = 4096  # masks are drawn on a shorter prompt: patterns show, and drawing is quick
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="calibrate, ask, compare and draw")
     parser.add_argument("--model", default=str(MODEL), help="folder of the model")
+    parser.add_argument("--retained", default=str(RETAINED), help="folder of its retained card")
     parser.add_argument("--out", default="demo-output", help="folder for pictures and report")
     parser.add_argument("--length", type=int, default=8192, help="tokens of the document")
     parser.add_argument("--n", type=int, default=3, help="questions")
@@ -67,6 +73,7 @@ def main() -> int:
     policies = {
         "full": None,
         "streaming": Streaming(sinks=64, window=1024),
+        **retained(model, options.retained),
         "dam": card.policy(),
         "vertical_slash": VerticalSlash(verticals=200, slashes=1000),
         "pooled": Pooled(block=64, top_p=0.95),
@@ -91,13 +98,17 @@ def main() -> int:
         return 130
 
     first = report.items[: len(policies)]
-    prompt = task.items(tokenizer, 1, options.length, options.seed)[0].prompt
-    print(f"\nthe first document ends: ...{prompt[-110:]!r}, expected {first[0].answers[0]}")
-    for item in first:
-        line = (item.text.strip().splitlines() or ["(nothing)"])[0]
-        print(f"  {item.policy:<15} {'right' if item.score == 1 else 'wrong'}  {line}")
+    item = task.items(tokenizer, 1, options.length, options.seed)[0]
+    end = " ".join(item.prompt[-110:].split())
+    print(f"\nthe first document ends: ... {end} [{first[0].answers[0]}]")
+    for answer in first:
+        verdict = "right" if answer.score == 1 else "wrong"
+        print(f"  {answer.policy:<15} {verdict}  {first_line(answer.text)}")
     print("\n" + report.table() + "\n")
     report.save(out)
+
+    say("asking the first question again, each cache holding only the keys that are still read")
+    print("\n".join(caches(model, tokenizer, policies, item)) + "\n")
 
     say("drawing the masks")
     pictures = draw_report(report, out)
@@ -117,6 +128,62 @@ def main() -> int:
         f"done in {time.perf_counter() - began:.0f} s; table, JSON, card and pictures are in {out}/"
     )
     return 0
+
+
+def retained(model: Any, folder: str) -> dict[str, Any]:
+    """The policies of a retained card, or none where it was made for another model."""
+    import dynmask
+
+    try:
+        card = dynmask.MaskCard.from_pretrained(folder)
+        card.check(model)
+    except ValueError as error:
+        say(f"without the retained policy: {error}")
+        return {}
+    return {f"retained_{w}": card.policy(width=w, budget="per_head") for w in WIDTHS}
+
+
+def caches(model: Any, tokenizer: Any, policies: dict[str, Any], item: Any) -> list[str]:
+    """What ``generate`` answers, and how large its cache is at the end, full and bounded."""
+    from transformers import DynamicCache
+
+    import dynmask
+    from dynmask.policies.base import evicts
+
+    inputs = tokenizer(item.prompt, return_tensors="pt")
+    tokens = inputs["input_ids"].shape[1]
+
+    def ask(cache: Any) -> str:
+        settings = {"max_new_tokens": item.max_new_tokens, "do_sample": False}
+        output = model.generate(**inputs, past_key_values=cache, **settings)
+        return first_line(tokenizer.decode(output[0, tokens:], skip_special_tokens=True))
+
+    cache = DynamicCache(config=model.config)
+    expected = ask(cache)
+    whole = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # type: ignore[union-attr]
+    lines = [
+        f"the cache at the end of the first document, {tokens:,} tokens:",
+        f"  {'full':<15} {whole / 2**20:5.1f} MiB",
+    ]
+    same: list[tuple[int, str]] = []
+    for name, policy in policies.items():
+        if not evicts(policy):
+            continue
+        with dynmask.sparsify(model, policy) as run:
+            bounded = dynmask.BoundedCache(run)
+            answer = ask(bounded)
+        ratio = whole / bounded.nbytes
+        times = f"{ratio:.{0 if ratio >= 10 else 1}f} times smaller"
+        verdict = "same answer" if answer == expected else f"another answer: {answer}"
+        lines.append(f"  {name:<15} {bounded.nbytes / 2**20:5.1f} MiB  {times}, {verdict}")
+        if answer == expected:
+            same.append((bounded.nbytes, f"{name}: cache {times}, same answer"))
+    return [*lines, "", min(same)[1]] if same else lines
+
+
+def first_line(text: str) -> str:
+    """The first line of an answer."""
+    return (text.strip().splitlines() or ["(nothing)"])[0]
 
 
 def say(text: str) -> None:

@@ -117,7 +117,8 @@ def report(card: Any, seconds: float, out: Path) -> None:
 
     header, density = card.header, torch.tensor(card.header["density"]).mean()
     print(f"{out}: density {density:.2%} at {card.length:,} tokens, kl {header['kl']:.4f} of "
-          f"{header['settings']['allowed']:g}, {header['trials']} trials, {seconds:.0f} s")  # fmt: skip
+          f"{header['settings']['allowed']:g}, {header['trials']} trials, "
+          f"{seconds:.0f} s")  # fmt: skip
     tensors = card.tensors
     for layer, (windows, columns) in enumerate(
         zip(tensors["window"].tolist(), tensors["columns"].tolist(), strict=True)

@@ -3,10 +3,14 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import dynmask
 from benchmarks import tables
+from dynmask import MaskCard
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,8 +26,15 @@ def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch):
     assert code.count("import") >= 3
     (tmp_path / "models").symlink_to(ROOT / "models")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "my-card" / "mask_card.safetensors").is_file()
+    # "a tenth of the memory, the same answer"
+    model, tokens = names["model"], names["inputs"]["input_ids"].shape[1]
+    heads = model.config.num_hidden_layers * model.config.num_key_value_heads
+    whole = heads * tokens * 2 * model.config.head_dim * model.dtype.itemsize
+    assert names["answer"].strip() == names["question"].answers[0]
+    assert 9 < whole / names["cache"].nbytes < 12
 
 
 def test_the_commands_of_the_readme_exist():
@@ -34,8 +45,53 @@ def test_the_commands_of_the_readme_exist():
         parser().parse_args(words)  # exits with 2 on an unknown command or option
 
 
-def test_the_tables_of_the_readme_come_from_the_results():
-    assert tables.text(README) == README, "run python benchmarks/tables.py"
+@pytest.mark.parametrize("page", [tables.README, tables.PERFORMANCE, tables.RETAINED])
+def test_tables_come_from_the_results(page):
+    text = page.read_text(encoding="utf-8")
+    assert tables.text(text) == text, "run python benchmarks/tables.py"
+
+
+def test_what_the_readme_says_of_the_retained_cache():
+    rows = {
+        (r["policy"], r["width"], r["task"], r["length"]): r
+        for r in tables.rows_of(tables.RESULTS / "retrofit.jsonl")
+    }
+    table = tables.retained()
+    for length, tasks in tables.ASKED:
+        assert f"| {length:,} tokens: cache | " in table
+        for _, policy, width in tables.CACHES:
+            for task in tasks:
+                assert f"| {rows[policy, width, task, length]['accuracy']:.0%} |" in table
+    assert "Records do not compress" in table
+
+
+@pytest.mark.parametrize("width", [256, 512])
+def test_the_shipped_card_is_the_one_that_was_measured(width):
+    """Its widths explain the densities of the results."""
+    widths = MaskCard.from_pretrained(tables.CARD).policy(width=width, budget="per_head").width
+    assert sum(map(sum, widths)) == width * sum(map(len, widths))
+    n = 16_384
+    kept = [w * (w + 1) / 2 + (n - w) * w for layer in widths for w in layer]
+    expected = sum(kept) / len(kept) / (n * (n + 1) / 2)
+    (density,) = {
+        r["density"]
+        for r in tables.rows_of(tables.RESULTS / "retrofit.jsonl")
+        if (r["policy"], r["width"], r["length"]) == ("retained pair per head", width, n)
+        and r["task"] == "needle"
+    }
+    assert density == pytest.approx(expected, rel=0.005)  # prompts are a little shorter than n
+
+
+@torch.inference_mode()
+def test_the_size_of_the_retained_cache_is_that_of_a_real_one():
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tables.MODEL, dtype=torch.float32)
+    policy = MaskCard.from_pretrained(tables.CARD).policy(width=256, budget="per_head")
+    with dynmask.sparsify(model.eval(), policy) as run:
+        cache = dynmask.BoundedCache(run)
+        model.base_model(torch.arange(700)[None], past_key_values=cache)
+    few = 64 * model.config.num_hidden_layers  # two counters and the widths of each layer
+    assert 0 < cache.nbytes - tables.bounded_bytes(256, 4) < few
 
 
 def test_every_policy_has_its_row_in_the_readme():

@@ -2,7 +2,7 @@
 
 Quality and cost are measured apart. The scoring pass answers every item greedily and counts what
 the masks let through; the timed pass measures nothing but time and memory, on a few items, and
-never stops a generation early.
+never stops a generation early. There a policy that evicts has a cache of the keys that are left.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from .generation import (
     Generation,
     attend,
+    bounded_cache,
     divergence,
     greedy,
     is_full,
@@ -286,8 +287,8 @@ class _Run:
             with attend(self.model, policy, impl):
                 greedy(self.model, ids, 2)
             self.warm.add((name, item.group))
-        with attend(self.model, policy, impl), PeakMemory(self.device) as memory:
-            run = greedy(self.model, ids, new_tokens)
+        with attend(self.model, policy, impl) as active, PeakMemory(self.device) as memory:
+            run = greedy(self.model, ids, new_tokens, cache=bounded_cache(active))
         return {
             "group": item.group,
             "prompt_tokens": ids.shape[1],
@@ -295,6 +296,7 @@ class _Run:
             "prefill_seconds": run.prefill_seconds,
             "ms_per_token": run.ms_per_token,
             "peak_memory_bytes": memory.bytes,
+            "cache_bytes": run.cache_bytes,
         }
 
     def report(self, header: dict[str, Any], complete: bool) -> Report:
@@ -343,6 +345,9 @@ class _Run:
             **means,
             **medians,
             peak_memory_bytes=max((t["peak_memory_bytes"] for t in timed), default=None),
+            cache_bytes=max(
+                (t["cache_bytes"] for t in timed if t.get("cache_bytes")), default=None
+            ),
             density_per_head=mean_per_head(item.density_per_head for item in values),
             kept_mass_per_head=mean_per_head(item.kept_mass_per_head for item in values),
         )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..policies.base import evicts
 from .engine import check_policies
 from .generation import attend
 from .plots import figure_of, save_figure
@@ -118,6 +119,25 @@ class Recorder:
         return mask
 
 
+class EvictingRecorder(Recorder):
+    """A recorder of a policy that evicts, which is asked for scores where they decide."""
+
+    def retention(self, layer: int) -> Any:
+        """What a query of this layer reads."""
+        return self.policy.retention(layer)
+
+    def scores(self, key: Tensor, value: Tensor, layer: Any) -> Tensor:
+        """Return the policy's scores, keeping the picture of the mask that they give."""
+        scores = self.policy.scores(key, value, layer)
+        mask = self.policy.retention(layer.index).mask(scores, key.shape[2])
+        self.pictures[layer.index] = picture_of(mask, layer.index, self.resolution)
+        return scores
+
+    def bias(self, scores: Tensor, layer: Any) -> Tensor | None:
+        """What is added to the logits."""
+        return self.policy.bias(scores, layer)
+
+
 def picture_of(mask: Any, layer: int, resolution: int = RESOLUTION) -> MaskPicture:
     """Return the picture of a layer's mask."""
     density = mask.density()[0].float().cpu()
@@ -141,7 +161,8 @@ def record_masks(
         ValueError: if the policy does not fit the model.
     """
     check_policies(model, {policy.name: policy})
-    recorder = Recorder(policy, resolution)
+    kind = EvictingRecorder if evicts(policy) else Recorder
+    recorder = kind(policy, resolution)
     asked = recorder if draw else policy
     with (
         torch.inference_mode(),
@@ -155,10 +176,17 @@ def record_masks(
 def card_pictures(card: Any, length: int, resolution: int = RESOLUTION) -> list[MaskPicture]:
     """Return the picture of every layer's mask of a card, for a sequence of ``length`` tokens.
 
-    Only for policies that do not look at their input, as DAM's.
+    Raises:
+        ValueError: the card of a policy that looks at its input, as retained does.
     """
     from ..policies import Layer
 
+    if card.header["policy"] != "dam":
+        raise ValueError(
+            f"card: expected one whose masks are the same for every input (dam), received "
+            f"{card.header['policy']}; draw its masks of a prompt: dynmask inspect --model MODEL "
+            f"--policy {card.header['policy']}:CARD --file PROMPT --out FILE"
+        )
     policy, model = card.policy(), card.header["model"]
     query = torch.empty(1, model["heads"], length, 1)
     key = torch.empty(1, model["kv_heads"], length, 1)
@@ -173,6 +201,8 @@ def mask_gallery(
 ) -> Path:
     """Draw one panel per layer (row) and head (column) of what the masks let through.
 
+    Masks that all heads share give one panel per layer, four in a row.
+
     Args:
         pictures: one per layer, from :func:`record_masks`.
         path: the file to write; its suffix decides the format.
@@ -185,36 +215,38 @@ def mask_gallery(
     if not pictures:
         raise ValueError("pictures: expected at least one layer's mask, received none")
     matplotlib, figure_type = figure_of()
-    columns = max(picture.share.shape[0] for picture in pictures)
-    size = 1.7 if columns * len(pictures) <= 128 else 1.0
+    heads = max(picture.share.shape[0] for picture in pictures)
+    columns = heads if heads > 1 else 4
+    rows = len(pictures) if heads > 1 else -(-len(pictures) // columns)
+    size = 1.7 if columns * rows <= 128 else 1.0
     figure = figure_type(
-        figsize=(size * columns + 1.6, size * len(pictures) + 1.2), layout="constrained"
+        figsize=(max(size * columns + 1.6, 6.0), size * rows + 1.2), layout="constrained"
     )
-    axes = figure.subplots(len(pictures), columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False)
     colours = matplotlib.colormaps["magma_r"].with_extremes(bad="0.93", under="white")
     # A diagonal one key wide is a small part of a pixel: the root makes it visible.
     norm = matplotlib.colors.PowerNorm(0.4, 1e-6, 1.0)
     image = None
-    for row, picture in enumerate(pictures):
-        for column in range(columns):
-            axis = axes[row, column]
-            axis.set(xticks=[], yticks=[])
-            if column >= picture.share.shape[0]:
-                axis.set_axis_off()
-                continue
-            share = picture.share[column].numpy()
-            image = axis.imshow(share, cmap=colours, norm=norm, interpolation="nearest")
-            density = 100 * float(picture.density[column])
-            axis.set_title(f"{density:.1f} %" if density >= 1 else f"{density:.2f} %", fontsize=7)
-            if column == 0:
-                axis.set_ylabel(f"layer {picture.layer}", fontsize=8)
-            if row == len(pictures) - 1:
-                name = f"head {column}" if columns > 1 else "all heads"
-                axis.set_xlabel(name, fontsize=8)
+    for panel, axis in enumerate(axes.flat):
+        layer, head = divmod(panel, heads)
+        axis.set(xticks=[], yticks=[])
+        if layer >= len(pictures) or head >= pictures[layer].share.shape[0]:
+            axis.set_axis_off()
+            continue
+        picture = pictures[layer]
+        share = picture.share[head].numpy()
+        image = axis.imshow(share, cmap=colours, norm=norm, interpolation="nearest")
+        density = 100 * float(picture.density[head])
+        axis.set_title(f"{density:.1f} %" if density >= 1 else f"{density:.2f} %", fontsize=7)
+        if head == 0:
+            axis.set_ylabel(f"layer {picture.layer}", fontsize=8)
+        if heads > 1 and layer == len(pictures) - 1:
+            axis.set_xlabel(f"head {head}", fontsize=8)
     bar = figure.colorbar(image, ax=axes, shrink=0.6, label="kept share of the pixel's pairs")
     labels = ["0", "1 %", "10 %", "25 %", "50 %", "100 %"]
     bar.set_ticks([1e-6, 0.01, 0.1, 0.25, 0.5, 1], labels=labels)
     keys = pictures[0].keys
-    meaning = f"queries down, keys across, {keys:,} tokens; density above each panel"
+    shared = "" if heads > 1 else "; the same for all heads"
+    meaning = f"queries down, keys across, {keys:,} tokens; density above each panel{shared}"
     figure.suptitle(f"{title}\n{meaning}", fontsize=10)
     return save_figure(figure, path, caption)

@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "Generation",
     "attend",
+    "bounded_cache",
     "divergence",
     "greedy",
     "is_full",
@@ -29,12 +30,14 @@ class Generation:
     """Greedily chosen tokens, the logits they were chosen from, and the seconds it took.
 
     ``logits`` is float32 [steps, vocabulary] on the CPU, or None when not asked for.
+    ``cache_bytes`` is the size of the cache at the end, or None for one that does not tell.
     """
 
     tokens: list[int]
     logits: Tensor | None
     prefill_seconds: float
     decode_seconds: float
+    cache_bytes: int | None = None
 
     @property
     def ms_per_token(self) -> float | None:
@@ -51,6 +54,7 @@ def greedy(
     *,
     stop: Collection[int] = (),
     keep_logits: bool = False,
+    cache: Any = None,
 ) -> Generation:
     """Generate up to ``new_tokens`` tokens after the prompt ``ids`` [1, length].
 
@@ -60,6 +64,7 @@ def greedy(
         new_tokens: at most this many tokens; exactly this many when ``stop`` is empty.
         stop: ids that end the generation and are not part of the result.
         keep_logits: keep the logits of every step.
+        cache: an empty cache to use in place of the model's own.
 
     Raises:
         ValueError: if the prompt is empty or no token is asked for.
@@ -71,7 +76,8 @@ def greedy(
         )
     last_only = {"logits_to_keep": 1} if _keeps_logits(model) else {}
     began = _now(ids.device)
-    output = model(input_ids=ids, use_cache=True, **last_only)
+    given = {} if cache is None else {"past_key_values": cache}
+    output = model(input_ids=ids, use_cache=True, **given, **last_only)
     token = output.logits[:, -1].argmax(dim=-1)
     prefilled = _now(ids.device)
     tokens: list[int] = []
@@ -94,6 +100,7 @@ def greedy(
         torch.stack(logits) if keep_logits else None,
         prefilled - began,
         _now(ids.device) - prefilled,
+        _cache_bytes(output.past_key_values),
     )
 
 
@@ -114,6 +121,30 @@ def attend(
     from dynmask.integrations.transformers import sparsify
 
     return sparsify(model, policy, impl=impl, measure=measure, measure_rows=measure_rows)
+
+
+def bounded_cache(run: Any) -> Any:
+    """Return a cache of the keys that a run still reads; None where every key may be read again."""
+    from dynmask.policies.base import evicts
+
+    if run is None or not evicts(run.policy):
+        return None
+    from dynmask.integrations.cache import BoundedCache
+
+    try:
+        return BoundedCache(run)
+    except ValueError:  # a hybrid model keeps its own cache
+        return None
+
+
+def _cache_bytes(cache: Any) -> int | None:
+    """Return the bytes of a cache's keys and values, all that it holds for a bounded one."""
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
+    layers = getattr(cache, "layers", ())
+    kept = [getattr(x, name, None) for x in layers for name in ("keys", "values")]
+    known = bool(kept) and all(isinstance(x, Tensor) for x in kept)
+    return sum(x.nbytes for x in kept) if known else None  # type: ignore[union-attr]
 
 
 def text_config(model: Any) -> Any:

@@ -146,7 +146,9 @@ def pareto(report: Report, path: str | os.PathLike[str]) -> Path:
         axis.set_ylim(-4, 104)
     plain = matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}")
     axis.xaxis.set_major_formatter(plain)
-    axis.xaxis.set_minor_formatter(plain)
+    low, high = axis.get_xlim()
+    # labels between the powers of ten have room on a short axis only
+    axis.xaxis.set_minor_formatter(plain if high < 12 * low else matplotlib.ticker.NullFormatter())
     axis.tick_params(axis="x", which="minor", labelsize=7)
     axis.grid(alpha=0.25)
     axis.set_title(f"{report.task}: quality against density")
@@ -220,7 +222,16 @@ def heatmap(report: Report, path: str | os.PathLike[str]) -> Path:
             for column in range(len(groups)):
                 value = float(cells[row, column])
                 if value == value:
-                    axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7)
+                    colour = "white" if value < 15 or value > 85 else "black"
+                    axis.text(
+                        column,
+                        row,
+                        f"{value:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color=colour,
+                    )
         axis.set_xticks(range(len(groups)), groups, fontsize=7)
         labels = [f"{50 * (low + high):.0f}" for low, high in bands]
         axis.set_yticks(range(len(bands)), labels, fontsize=7)

@@ -80,7 +80,8 @@ class Row:
     """One policy on one group of items: a line of the table.
 
     ``right`` is the sum of the scores of ``n`` items. Seconds are those of the timed runs, memory
-    is in bytes above the level at which the phase began. ``difference`` is the accuracy less that
+    is in bytes above the level at which the phase began; ``cache_bytes`` is the cache at the end of
+    a timed run, bounded where the policy evicts. ``difference`` is the accuracy less that
     of the baseline on the same items. For perplexity, ``n`` counts documents and ``buckets`` is
     filled; ``right`` and ``accuracy`` are ``None``.
     """
@@ -105,6 +106,7 @@ class Row:
     prefill_seconds: float | None = None
     ms_per_token: float | None = None
     peak_memory_bytes: int | None = None
+    cache_bytes: int | None = None
     selection_seconds: float | None = None
     buckets: tuple[Bucket, ...] = ()
     perplexity: float | None = None
@@ -268,6 +270,10 @@ def _memory(value: int | None) -> str:
     return "-" if value is None else f"{value / 2**20:,.0f} MiB"
 
 
+def _cache(value: int | None) -> str:
+    return "-" if value is None else f"{value / 2**20:,.{0 if value >= 2**30 else 1}f} MiB"
+
+
 def _density(row: Row) -> str:
     if row.density is None:
         return "-"
@@ -293,6 +299,7 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
         ("KL", "kl", lambda row: _number(row.kl, 3)),
         ("prefill", "prefill_seconds", lambda row: _seconds(row.prefill_seconds)),
         ("ms/token", "ms_per_token", lambda row: _number(row.ms_per_token, 1)),
+        ("cache", "cache_bytes", lambda row: _cache(row.cache_bytes)),
         ("peak memory", "peak_memory_bytes", lambda row: _memory(row.peak_memory_bytes)),
     ]
     for title, attribute, render in optional:

@@ -1,0 +1,616 @@
+"""The lightweight encoder of the context-aware generator: one score per pair of blocks.
+
+Queries and keys are pooled, and what a query block finds in a key block is estimated from the pools
+alone: without training from the mean and the spread of keys (``block_estimate``), with training
+from a small linear map on top (``BlockEncoder``). What it learns from is what losing a key block
+does to the output of a head (``block_effects``). Nothing here is N x N.
+
+Blocks lie on a grid that starts at position 0. The first query block and the first key block of a
+table are those that hold the first query and the first key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .masks.base import check_whole
+from .retention import _one_of_each, _wide
+
+LATE_POSITIONS = 256
+"""Positions whose query blocks count as near the end, where tasks ask their questions."""
+
+NUMBERS_AT_A_TIME = 2**24
+"""Numbers in float32 that are held at a time, beside results: 64 MiB."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSummary:
+    """What is kept of the keys of each block: how many, their mean, and how far they lie from it.
+
+    Chunk by chunk or at once, the summary is the same up to rounding, which makes it the state of
+    chunked prefill and decoding. Tensors are float32 (float64 for float64 keys).
+
+    Args:
+        count: [blocks], keys in each block; only the first and the last may be short.
+        mean: [b, g, blocks, d].
+        spread: sums of the squared differences from the mean, [b, g, blocks, d].
+        block: positions in a block.
+        start, stop: positions of the first key and after the last.
+    """
+
+    count: Tensor
+    mean: Tensor
+    spread: Tensor
+    block: int
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, key: Tensor, block: int, start: int = 0) -> BlockSummary:
+        """Summary of keys [b, g, k, d], the first of which has position ``start``."""
+        check_whole("block", block, 1)
+        check_whole("start", start, 0)
+        if key.dim() != 4 or not key.numel():
+            raise ValueError(f"key: expected some of [b, g, k, d], received {tuple(key.shape)}")
+        batch, groups, keys, dim = key.shape
+        stop = start + keys
+        step = max(NUMBERS_AT_A_TIME // (batch * groups * dim * block), 1) * block
+        cuts = [*range(start - start % block + step, stop, step), stop]
+        means, spreads, first = [], [], start
+        for last in cuts:
+            part = _in_blocks(_wide(key[:, :, first - start : last - start]), first, block)
+            held = _held(first, last, block, key.device)
+            mean = part.sum(3) / held.sum(-1)[:, None]
+            apart = (part - mean[..., None, :]).masked_fill(~held[..., None], 0)
+            means.append(mean)
+            spreads.append(apart.square().sum(3))
+            first = last
+        count = _held(start, stop, block, key.device).sum(-1).to(means[0].dtype)
+        return cls(count, torch.cat(means, 2), torch.cat(spreads, 2), block, start, stop)
+
+    def update(self, key: Tensor, start: int) -> BlockSummary:
+        """The summary with the keys [b, g, k, d] that follow, from position ``start`` on."""
+        if start != self.stop:
+            raise ValueError(
+                f"start: expected {self.stop}, the position after the keys that are summarised, "
+                f"received {start}; pass chunks one after the other"
+            )
+        if key.shape[:2] + key.shape[3:] != self.mean.shape[:2] + self.mean.shape[3:]:
+            raise ValueError(
+                f"key: expected [b, g, k, d] like the summary {tuple(self.mean.shape)}, received "
+                f"{tuple(key.shape)}"
+            )
+        new = BlockSummary.of(key, self.block, start)
+        count, mean, spread = self.count, self.mean, self.spread
+        if start % self.block:  # the block that both have keys of
+            old_n, new_n = count[-1:], new.count[:1]
+            share = new_n / (old_n + new_n)
+            apart = new.mean[:, :, :1] - mean[:, :, -1:]
+            new.count[:1] += old_n
+            new.spread[:, :, :1] += spread[:, :, -1:] + apart.square() * old_n * share
+            new.mean[:, :, :1] = mean[:, :, -1:] + apart * share
+            count, mean, spread = count[:-1], mean[:, :, :-1], spread[:, :, :-1]
+        return BlockSummary(
+            torch.cat([count, new.count]),
+            torch.cat([mean, new.mean], 2),
+            torch.cat([spread, new.spread], 2),
+            self.block,
+            self.start,
+            new.stop,
+        )
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of the keys of each block: [b, g, blocks, d]."""
+        return self.spread / self.count[:, None]
+
+    def coarser(self, block: int) -> BlockSummary:
+        """The summary in blocks of ``block``, a multiple of the present size."""
+        if block == self.block:
+            return self
+        if block % self.block:
+            raise ValueError(f"block: expected a multiple of {self.block}, received {block}")
+        first = self.start // self.block
+
+        def whole(x: Tensor) -> Tensor:
+            return _in_blocks(x, first, block // self.block)
+
+        part = whole(self.count[None, None, :, None])[0, 0]
+        count = part.sum(1)
+        mean = (whole(self.mean) * part).sum(3) / count
+        apart = (whole(self.mean) - mean[..., None, :]).square() * part
+        spread = (whole(self.spread) + apart).sum(3)
+        return BlockSummary(count[:, 0], mean, spread, block, self.start, self.stop)
+
+
+def block_estimate(
+    query: Tensor,
+    key: Tensor | BlockSummary,
+    block: int = 64,
+    scale: float | None = None,
+    *,
+    first_key: int = 0,
+    query_pool: int = 8,
+    key_pool: int = 8,
+    query_blocks: Tensor | None = None,
+) -> Tensor:
+    """How much attention each query block pays to each key block, estimated from pools.
+
+    If logits of a pool's keys are normal, the logarithm of the sum of their exponentials is
+    ``q mean scale + 0.5 scale^2 sum_d q_d^2 var_d + log n``, with q the mean of a pool of
+    queries. The key pools of a block add up. A softmax over the key blocks makes shares of it for
+    each query pool, and the shares of a block's query pools are averaged. Measured on the
+    reference model: pools of 8 find what whole blocks hide, on both sides; without the variance
+    most of that gain is lost, with the best query pool instead of the softmax a third.
+
+    Args:
+        query: [b, h, q, d], the last q positions of the keys, rotated as attention takes it.
+        key: [b, g, k, d], rotated, or a summary of all keys, in blocks of ``key_pool`` or any other
+            size that divides ``block``.
+        block: positions in a block, of queries and of keys.
+        scale: of the logits, ``d ** -0.5`` when None.
+        first_key: position of the first key; a summary knows its own.
+        query_pool, key_pool: positions in a pool; they divide ``block``.
+        query_blocks: int64 [n], those wanted, counted from the block of the first query; all when
+            None.
+
+    Returns:
+        The logarithm of the estimated attention, its sum 1 in every row: float32 (float64 for
+        float64 queries) [b, h, query blocks, key blocks], -inf where the key block begins after
+        the query block.
+    """
+    grid = _Grid.of(query, key, block, first_key, query_pool)
+    summary = _summary(key, key_pool, block, first_key)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    pools, rows = _query_pools(query, grid, query_blocks)
+    future = grid.future(query_blocks, query.device)
+    parts = []
+    for some, *which in _few(pools, rows, future, summary.mean.shape[2]):
+        parts.append(_together(_estimate(some, summary, factor, block), *which))
+    return torch.cat(parts, 2)
+
+
+class BlockEncoder(nn.Module):
+    """Scores of key blocks for query blocks: the estimate from pools, and what was learned on top.
+
+    Each query pool and each key block is mapped to a few numbers, by a linear map of its own for
+    every head and kv head, and their product is added to the estimate for that pool, before the
+    softmax. Mean and deviation of the keys, and the mean of the queries, are brought to unit size
+    first: models differ by orders of magnitude there. Untrained, the map of the keys is 0 and the
+    scores are those of :func:`block_estimate`. Float32 whatever autocast says (float64 for float64
+    queries).
+
+    Args:
+        heads, kv_heads: query heads h and kv heads g of the layer.
+        head_dim: dimensions of a query and of a key.
+        block: positions in a block, of queries and of keys.
+        rank: numbers that a pool is mapped to.
+        query_pool, key_pool: positions in a pool, as in :func:`block_estimate`.
+
+    Attributes:
+        gain: [h], factor of the estimate, 1 at the start.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        block: int = 64,
+        rank: int = 16,
+        query_pool: int = 8,
+        key_pool: int = 8,
+    ) -> None:
+        super().__init__()
+        for name, size in (("heads", heads), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+            check_whole(name, size, 1)
+        check_whole("rank", rank, 1)
+        if heads % kv_heads:
+            raise ValueError(f"heads: expected a multiple of {kv_heads} kv heads, received {heads}")
+        _check_pools(block, query_pool, key_pool)
+        self.block, self.query_pool, self.key_pool = block, query_pool, key_pool
+        self.gain = nn.Parameter(torch.empty(heads))
+        self.of_query = nn.Parameter(torch.empty(heads, head_dim + 1, rank))
+        self.of_key = nn.Parameter(torch.empty(kv_heads, 2 * head_dim, rank))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial values: nothing is added to the estimate."""
+        nn.init.ones_(self.gain)
+        nn.init.normal_(self.of_query, std=self.of_query.shape[1] ** -0.5)
+        nn.init.zeros_(self.of_key)
+
+    def summary(self, key: Tensor, first_key: int = 0) -> BlockSummary:
+        """What :meth:`forward` takes instead of keys; it can be updated with later ones."""
+        return BlockSummary.of(key, self.key_pool, first_key)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | BlockSummary,
+        first_key: int = 0,
+        *,
+        scale: float | None = None,
+        query_blocks: Tensor | None = None,
+    ) -> Tensor:
+        """Scores [b, h, query blocks, key blocks]; arguments as in :func:`block_estimate`."""
+        grid = _Grid.of(query, key, self.block, first_key, self.query_pool)
+        with torch.autocast(query.device.type, enabled=False):
+            summary = _summary(key, self.key_pool, self.block, first_key)
+            factor = query.shape[-1] ** -0.5 if scale is None else scale
+            pools, rows = _query_pools(query, grid, query_blocks)
+            future = grid.future(query_blocks, query.device)
+            keys = self._keys(summary)
+            parts = []
+            for some, *which in _few(pools, rows, future, summary.mean.shape[2]):
+                score = _estimate(some, summary, factor, self.block)
+                score = score * self.gain.to(score.dtype)[:, None, None, None]
+                parts.append(_together(score + self._learned(some, keys), *which))
+            return torch.cat(parts, 2)
+
+    def _keys(self, summary: BlockSummary) -> Tensor:
+        """Key blocks mapped: [b, g, key blocks, rank]."""
+        whole = summary.coarser(self.block)
+        variance = whole.variance
+        size = (whole.mean.square() + variance).mean(-1, keepdim=True) + math.ulp(1.0)
+        x = torch.cat([whole.mean, variance.sqrt()], -1) * size.rsqrt()
+        return x @ self.of_key.to(x.dtype)
+
+    def _learned(self, pools: Tensor, keys: Tensor) -> Tensor:
+        """Products of mapped query pools [b, h, n, pools, d] and key blocks."""
+        batch, heads, blocks, count, _ = pools.shape
+        size = pools.square().mean(-1, keepdim=True) + math.ulp(1.0)
+        x = nn.functional.pad(pools * size.rsqrt(), (0, 1), value=1.0).flatten(
+            2, 3
+        ) @ self.of_query.to(pools.dtype)
+        x = x.reshape(batch, keys.shape[1], -1, x.shape[-1])
+        out = x @ keys.mT * keys.shape[-1] ** -0.5
+        return out.view(batch, heads, blocks, count, -1)
+
+    def extra_repr(self) -> str:
+        """Shown by print."""
+        (heads, inputs, rank), kv_heads = self.of_query.shape, self.of_key.shape[0]
+        return (
+            f"heads={heads}, kv_heads={kv_heads}, head_dim={inputs - 1}, block={self.block}, "
+            f"rank={rank}, query_pool={self.query_pool}, key_pool={self.key_pool}"
+        )
+
+
+def block_effects(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block: int,
+    query_blocks: Tensor,
+    scale: float | None = None,
+    *,
+    first_key: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """What losing a key block does to a head's output, and how much attention the block gets.
+
+    For row i and key block j the effect is ``p_ij |v_ij - o_i|``: the row's attention to the block
+    times the distance of what the block adds on average from the row's output. (Without the block
+    the output moves by ``1 / (1 - p_ij)`` times that.) Mass on
+    values like the output is worth nothing. Rows of a block are averaged.
+
+    Args:
+        query: [b, h, q, d], the last q positions of the keys, rotated.
+        key, value: [b, g, k, d].
+        block: positions in a block, of queries and of keys.
+        query_blocks: int64 [n], counted from the block of the first query.
+        scale: of the logits, ``d ** -0.5`` when None.
+        first_key: position of the first key.
+
+    Returns:
+        Effects and masses, float32 (float64 for float64 queries), both
+        [b, h, n, key blocks]; 0 in the future. No gradient. Memory beside them is O(keys).
+    """
+    grid = _Grid.of(query, key, block, first_key, block)
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value: expected [b, g, k, d] like key {tuple(key.shape)}, received "
+            f"{tuple(value.shape)}"
+        )
+    (batch, heads, queries, dim), groups = query.shape, key.shape[1]
+    members = heads // groups
+    factor = dim**-0.5 if scale is None else scale
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        position = grid.rows(query_blocks)  # [n, block], some before the first or after the last
+        held = (position >= grid.start) & (position < grid.stop)
+        row = (position - grid.start).clamp(0, queries - 1)
+        share = held / held.sum(-1, keepdim=True)
+        query = query.view(batch, groups, members, queries, dim)
+        shape = batch, groups, members, len(row), grid.key_blocks
+        wide = torch.promote_types(query.dtype, torch.float32)
+        effects, masses = (torch.zeros(shape, dtype=wide, device=query.device) for _ in range(2))
+        padded = grid.key_blocks * block
+        # a row has its logits, and what each block adds to its output
+        most = batch * padded * max(1, -(-value.shape[-1] // block))
+        step = max(1, NUMBERS_AT_A_TIME // (most * members))
+        for g in range(groups):
+            k = _in_blocks(_wide(key[:, g : g + 1]), first_key, block).flatten(2, 3)
+            v = _in_blocks(_wide(value[:, g : g + 1]), first_key, block)
+            for i in range(len(row)):
+                for a in range(0, block, step):
+                    own = slice(a, a + step)
+                    some = _wide(query[:, g].index_select(2, row[i, own]))
+                    hidden = ~grid.reads(position[i, own])
+                    effect, mass = _row_effects(some, k, v, hidden, factor)
+                    weight = share[i, own, None].to(mass.dtype)
+                    for total, x in zip((effects, masses), (effect, mass), strict=True):
+                        total[:, g, :, i] += (x * weight).masked_fill(weight == 0, 0).sum(2)
+        return effects.flatten(1, 2), masses.flatten(1, 2)
+
+
+def encoder_loss(scores: Tensor, effects: Tensor) -> Tensor:
+    """How badly scores foretell effects: the cross-entropy between the two, in nats.
+
+    Over the key blocks that are to be chosen from: the first and the own block are read anyway, and
+    what is hidden (-inf) cannot be. Effects are normalised over them, and so is the softmax.
+
+    Args:
+        scores: [b, h, n, key blocks], -inf in the future, so that the own block is the last.
+        effects: [b, h, n, key blocks], 0 or more.
+
+    Returns:
+        Scalar, float32 (float64 for float64 scores): the mean over query blocks, heads and batch
+        with two key blocks or more to choose from; 0 with a graph where that is none.
+    """
+    if scores.shape != effects.shape:
+        raise ValueError(
+            f"effects: expected the shape of scores {tuple(scores.shape)}, received "
+            f"{tuple(effects.shape)}"
+        )
+    scores = _wide(scores)
+    with torch.no_grad():
+        judged = scores > float("-inf")
+        judged[..., :-1] &= judged[..., 1:]  # the own block is the last that is visible
+        judged[..., -1:] = False
+        judged[..., :1] = False
+        worth = effects.detach().to(scores.dtype).masked_fill(~judged, 0)
+        total = worth.sum(-1, keepdim=True)
+        some = (total > 0) & (judged.sum(-1, keepdim=True) > 1)
+        worth = (worth / total).masked_fill(~some, 0)
+    # of rows where nothing is judged, whatever is finite: they weigh nothing
+    logits = scores.masked_fill(~judged, float("-inf")).masked_fill(~some, 0)
+    expected = logits.log_softmax(-1).masked_fill(~judged, 0)
+    return -(worth * expected).sum() / some.sum().clamp(min=1)
+
+
+def encoder_loss_of(
+    encoder: BlockEncoder,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    query_blocks: int = 16,
+    late: float = 0.25,
+    scale: float | None = None,
+    first_key: int = 0,
+) -> Tensor:
+    """The loss of an encoder on some query blocks of one layer, drawn anew at each call.
+
+    They come from torch's default generator of the tensors' device, and nothing waits for it. The
+    gradient reaches the encoder alone.
+
+    Args:
+        encoder: what learns.
+        query: [b, h, q, d], the last q positions of the keys, rotated.
+        key, value: [b, g, k, d].
+        query_blocks: query blocks drawn, the same for all of the batch and all heads.
+        late: share of them from the last 256 positions, the rest from all others.
+        scale: of the logits, ``d ** -0.5`` when None.
+        first_key: position of the first key.
+
+    Returns:
+        Scalar as :func:`encoder_loss`; 0 with a graph where the sequence is too short for two
+        blocks between the first and the own.
+    """
+    check_whole("query_blocks", query_blocks, 1)
+    if not 0 <= late <= 1:
+        raise ValueError(f"late: expected a share from 0 to 1, received {late}")
+    query, key, value = query.detach(), key.detach(), value.detach()
+    grid = _Grid.of(query, key, encoder.block, first_key, encoder.query_pool)
+    first = max(0, 3 - grid.before)
+    if first >= grid.query_blocks:
+        return sum((p.sum() for p in encoder.parameters()), torch.zeros((), device=key.device)) * 0
+    drawn = _draw(first, grid.query_blocks, query_blocks, late, encoder.block, query.device)
+    effects, _ = block_effects(query, key, value, encoder.block, drawn, scale, first_key=first_key)
+    scores = encoder(query, key, first_key, scale=scale, query_blocks=drawn)
+    return encoder_loss(scores, effects)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Where query rows and keys lie on the grid of blocks."""
+
+    block: int
+    pool: int
+    first_key: int
+    start: int
+    """Position of the first query row."""
+    stop: int
+    """Position after the last row, and after the last key."""
+
+    @classmethod
+    def of(
+        cls, query: Tensor, key: Tensor | BlockSummary, block: int, first_key: int, pool: int
+    ) -> _Grid:
+        """Check that everything fits together."""
+        held = key.mean if isinstance(key, BlockSummary) else key
+        fits = query.dim() == held.dim() == 4 and query.shape[::3] == held.shape[::3]
+        if isinstance(key, BlockSummary):
+            first_key, stop = key.start, key.stop
+        else:
+            check_whole("first_key", first_key, 0)
+            stop = first_key + (key.shape[2] if fits else 0)
+        if (
+            not fits
+            or query.shape[1] % held.shape[1]
+            or not 1 <= query.shape[2] <= stop - first_key
+        ):
+            raise ValueError(
+                "blocks: expected query [b, h, q, d] and key [b, g, k, d] or a summary of such, "
+                f"received {tuple(query.shape)} and {tuple(held.shape)}; queries are the last q "
+                "positions of the keys"
+            )
+        _check_pools(block, pool)
+        return cls(block, pool, first_key, stop - query.shape[2], stop)
+
+    @property
+    def before(self) -> int:
+        """Key blocks before the one that the first query row lies in."""
+        return self.start // self.block - self.first_key // self.block
+
+    @property
+    def key_blocks(self) -> int:
+        """Blocks that hold a key."""
+        return (self.stop - 1) // self.block - self.first_key // self.block + 1
+
+    @property
+    def query_blocks(self) -> int:
+        """Blocks that hold a query row."""
+        return self.key_blocks - self.before
+
+    def rows(self, query_blocks: Tensor) -> Tensor:
+        """Positions in the given query blocks: [n, block]."""
+        first = (query_blocks + self.start // self.block) * self.block
+        return first[:, None] + torch.arange(self.block, device=query_blocks.device)
+
+    def reads(self, position: Tensor) -> Tensor:
+        """Which keys, in whole blocks, rows may read: bool [rows, key blocks * block]."""
+        k = torch.arange(self.key_blocks * self.block, device=position.device)
+        k = k + self.first_key // self.block * self.block
+        return (k <= position[:, None]) & (k >= self.first_key)
+
+    def future(self, query_blocks: Tensor | None, device: torch.device) -> Tensor:
+        """Which key blocks lie in the future of query blocks: bool [n, key blocks]."""
+        every = torch.arange(self.query_blocks, device=device)
+        own = self.before + (every if query_blocks is None else query_blocks)
+        return torch.arange(self.key_blocks, device=device) > own[:, None]
+
+
+def _row_effects(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Effects and masses of rows of one kv head: [b, members, rows, key blocks].
+
+    query [b, members, rows, d], key [b, 1, k, d], value [b, 1, key blocks, block, d].
+    """
+    batch, members, rows, _ = query.shape
+    blocks, block = value.shape[2:4]
+    logits = (query.flatten(1, 2) @ key[:, 0].mT).unflatten(1, (members, rows)) * scale
+    share = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+    share = share.view(batch, members * rows, blocks, block).transpose(1, 2)
+    mass = share.sum(-1)
+    added = share @ value[:, 0]  # [b, key blocks, rows, d]
+    added = added.masked_fill((mass == 0)[..., None], 0)  # whatever lies in the future
+    output = added.sum(1, keepdim=True)
+    effect = (added - mass[..., None] * output).norm(dim=-1)
+    return tuple(x.mT.unflatten(1, (members, rows)) for x in (effect, mass))  # type: ignore[return-value]
+
+
+def _estimate(pools: Tensor, summary: BlockSummary, scale: float, block: int) -> Tensor:
+    """Log-sum-exp over each key block for query pools [b, h, n, pools, d]."""
+    batch, heads, blocks, count, dim = pools.shape
+    x = pools.reshape(batch, summary.mean.shape[1], -1, dim) * scale
+    x = x.to(summary.mean.dtype)
+    logits = x @ summary.mean.mT + 0.5 * x.square() @ summary.variance.mT + summary.count.log()
+    logits = logits.view(batch, heads, blocks, count, -1)
+    size = block // summary.block
+    front = summary.start // summary.block % size
+    back = -(front + logits.shape[-1]) % size
+    logits = nn.functional.pad(logits, (front, back), value=float("-inf"))
+    return logits.unflatten(-1, (-1, size)).logsumexp(-1)
+
+
+def _together(scores: Tensor, rows: Tensor, future: Tensor) -> Tensor:
+    """Logarithm of the mean share over the rows of a block: [b, h, n, key blocks].
+
+    scores [b, h, n, pools, key blocks]; rows [n, pools] in each pool; future [n, key blocks].
+    """
+    share = scores.masked_fill(future[:, None], float("-inf")).log_softmax(-1)
+    weight = rows / rows.sum(-1, keepdim=True)
+    share = share + weight.to(share.dtype).log()[..., None]
+    # where all are -inf, logsumexp has no gradient
+    return share.masked_fill(future[:, None], 0).logsumexp(3).masked_fill(future, float("-inf"))
+
+
+def _query_pools(query: Tensor, grid: _Grid, query_blocks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean of the rows of each pool [b, h, n, pools, d], and how many there are [n, pools]."""
+    if query_blocks is None:
+        position = grid.rows(torch.arange(grid.query_blocks, device=query.device))
+        rows = _in_blocks(query, grid.start, grid.block)
+    else:
+        position = grid.rows(query_blocks)
+        row = (position - grid.start).clamp(0, query.shape[2] - 1)
+        rows = query.index_select(2, row.flatten()).unflatten(2, row.shape)
+    held = (position >= grid.start) & (position < grid.stop)
+    if query_blocks is not None:
+        rows = rows.masked_fill(~held[..., None], 0)
+    size = -1, grid.pool
+    count = held.unflatten(1, size).sum(-1)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    pools = rows.unflatten(3, size).sum(4, dtype=wide) / count.clamp(min=1)[..., None]
+    return pools, count
+
+
+def _few(
+    pools: Tensor, rows: Tensor, future: Tensor, width: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Some query blocks at a time, whose pools have ``width`` scores each."""
+    batch, heads, _, count, dim = pools.shape
+    step = max(1, NUMBERS_AT_A_TIME // (batch * heads * count * max(width, dim)))
+    return zip(pools.split(step, 2), rows.split(step), future.split(step), strict=True)
+
+
+def _summary(key: Tensor | BlockSummary, pool: int, block: int, first_key: int) -> BlockSummary:
+    """The summary of keys, or the one given."""
+    if not isinstance(key, BlockSummary):
+        return BlockSummary.of(key, pool, first_key)
+    _check_pools(block, key.block)
+    return key
+
+
+def _in_blocks(x: Tensor, first: int, block: int) -> Tensor:
+    """Positions [.., n, d] from ``first`` on, in whole blocks [.., blocks, block, d]; 0 outside."""
+    front = first % block
+    back = -(front + x.shape[-2]) % block
+    if front or back:
+        x = nn.functional.pad(x, (0, 0, front, back))
+    return x.unflatten(-2, (-1, block))
+
+
+def _held(first: int, stop: int, block: int, device: torch.device) -> Tensor:
+    """Which positions of the blocks around [first, stop) lie in it: bool [blocks, block]."""
+    low = first - first % block
+    position = torch.arange(low, stop + -stop % block, device=device)
+    return ((position >= first) & (position < stop)).view(-1, block)
+
+
+def _draw(
+    first: int, stop: int, count: int, late: float, block: int, device: torch.device
+) -> Tensor:
+    """Query blocks out of [first, stop), ascending, some of them near the end: int64."""
+    split = max(first, stop - -(-LATE_POSITIONS // block))
+    end = min(math.ceil(late * count), stop - split)
+    rest = min(count - end, split - first)
+    end = min(count - rest, stop - split)
+    early = _one_of_each(first, split, rest, device)
+    return torch.cat([early, _one_of_each(split, stop, end, device)])
+
+
+def _check_pools(block: int, *pools: int) -> None:
+    """Raise ValueError unless every pool divides the block."""
+    check_whole("block", block, 1)
+    for pool in pools:
+        if check_whole("pool", pool, 1) and block % pool:
+            raise ValueError(
+                f"pool: expected a size that divides the block {block}, received {pool}"
+            )
