@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -136,15 +136,15 @@ def calibrate(
     from dynmask.budgets import GatedSettings, calibrate_gates
     from dynmask.retrofit import RetainedSettings, retrofit
 
-    for kind, run, name in (
-        (RetainedSettings, retrofit, "retained"), (GatedSettings, calibrate_gates, "gated"),
-    ):  # fmt: skip
-        if policy == name:
-            if not isinstance(settings, kind | None):
-                raise _wrong_settings(kind.__name__, policy, settings)
-            return run(
-                model, documents, settings, seed=seed, checkpoint=checkpoint, progress=progress
-            )
+    others: dict[str, tuple[type, Callable[..., MaskCard]]] = {
+        "retained": (RetainedSettings, retrofit),
+        "gated": (GatedSettings, calibrate_gates),
+    }
+    if policy in others:
+        kind, run = others[policy]
+        if settings is not None and not isinstance(settings, kind):
+            raise _wrong_settings(kind.__name__, policy, settings)
+        return run(model, documents, settings, seed=seed, checkpoint=checkpoint, progress=progress)
     if checkpoint is not None:
         raise _bad("checkpoint", "none for policy 'dam'", repr(checkpoint), "Leave it out.")
     settings = DamSettings() if settings is None else settings
