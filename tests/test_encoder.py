@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynmask.encoder import (
-    LATE_POSITIONS,
     BlockEncoder,
     BlockSummary,
     block_effects,
@@ -18,6 +17,7 @@ from dynmask.encoder import (
     encoder_loss_of,
 )
 from dynmask.masks.base import repeat_heads
+from dynmask.retention import LATE_ROWS
 
 BLOCK, QUERY_POOL, KEY_POOL = 8, 4, 2
 POOLS = {"query_pool": QUERY_POOL, "key_pool": KEY_POOL}
@@ -489,14 +489,14 @@ def test_the_loss_teaches():
 
 
 def test_drawn_query_blocks_are_distinct_in_range_and_partly_late():
-    from dynmask.encoder import _draw
+    from dynmask.retention import _draw
 
-    late = LATE_POSITIONS // 64
-    drawn = _draw(2, 100, 16, 0.25, 64, torch.device("cpu"))
+    late = LATE_ROWS // 64
+    drawn = _draw(2, 100, 16, 0.25, torch.device("cpu"), near=4)
     assert len(drawn.unique()) == 16 and torch.equal(drawn, drawn.sort().values)
     assert int(drawn[0]) >= 2 and int(drawn[-1]) < 100 and int((drawn >= 100 - late).sum()) == 4
-    assert not torch.equal(drawn, _draw(2, 100, 16, 0.25, 64, torch.device("cpu")))
-    assert _draw(2, 9, 16, 0.25, 64, torch.device("cpu")).tolist() == list(range(2, 9))
+    assert not torch.equal(drawn, _draw(2, 100, 16, 0.25, torch.device("cpu"), near=4))
+    assert _draw(2, 9, 16, 0.25, torch.device("cpu"), near=4).tolist() == list(range(2, 9))
     for message, arguments in (("query_blocks >= 1", {"query_blocks": 0}), ("late", {"late": 2})):
         with pytest.raises(ValueError, match=message):
             encoder_loss_of(make_encoder(), *tensors(40, 40), **arguments)

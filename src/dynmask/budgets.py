@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmask.card import SCHEMA, MaskCard, describe_model, write_atomically
+from dynmask.errors import bad
 from dynmask.policies.base import Layer
 from dynmask.policies.gated import Gated, Gates
 
@@ -84,7 +85,7 @@ class GatedSettings:
         budgets = tuple(b if isinstance(b, Budget) else Budget(**b) for b in given)
         object.__setattr__(self, "budgets", budgets)
         if not budgets:
-            raise _bad("settings.budgets", "at least one", "none")
+            raise bad("settings.budgets", "at least one", "none")
         for name in ("max_kl", "late", "density"):
             value = getattr(self, name)
             if name == "density" and value is None:
@@ -92,9 +93,9 @@ class GatedSettings:
             top = math.inf if name == "max_kl" else 1
             good = type(value) in (int, float) and math.isfinite(value) and 0 <= value <= top
             if not good or (value == 0 and name != "late"):
-                raise _bad(f"settings.{name}", "a number above 0, shares up to 1", repr(value))
+                raise bad(f"settings.{name}", "a number above 0, shares up to 1", repr(value))
         if type(self.judged) is not int or self.judged < 1:
-            raise _bad("settings.judged", "a whole number of at least 1", repr(self.judged))
+            raise bad("settings.judged", "a whole number of at least 1", repr(self.judged))
         for budget in budgets:
             Gates.full(1, 1).replaced(torch.ones(1, 1, dtype=torch.bool), **asdict(budget))
         self.policy(None)
@@ -163,7 +164,7 @@ def choose_gates(
 
 
 class Judge:
-    """Measures gates on the documents: divergence, density and kept mass; remembers what it did."""
+    """Measures the divergence of gates on the documents, and remembers what it measured."""
 
     def __init__(
         self,
@@ -316,14 +317,14 @@ def calibrate_gates(
 
     settings = settings or GatedSettings()
     if not isinstance(settings, GatedSettings):
-        raise _bad("settings", "GatedSettings", type(settings).__name__)
+        raise bad("settings", "GatedSettings", type(settings).__name__)
     if len(documents) == 0:
-        raise _bad("documents", "at least one", "an empty set", "Pass token ids to judge by.")
+        raise bad("documents", "at least one", "an empty set", "Pass token ids to judge by.")
     vocabulary, positions, _ = vocabulary_of(model)
     for index, document in enumerate(documents):
         check_document(index, document, 2, vocabulary, "judged")
         if positions is not None and len(document) > positions:
-            raise _bad(
+            raise bad(
                 f"documents[{index}]", f"at most the model's {positions} positions", len(document)
             )
     _check_judged(judged, documents)
@@ -382,11 +383,11 @@ def _check_judged(judged: Sequence[Tensor] | None, documents: Sequence[Tensor]) 
     if judged is None:
         return
     if len(judged) != len(documents):
-        raise _bad("judged", f"positions for each of {len(documents)} documents", len(judged))
+        raise bad("judged", f"positions for each of {len(documents)} documents", len(judged))
     for index, (rows, document) in enumerate(zip(judged, documents, strict=True)):
         good = isinstance(rows, Tensor) and rows.dtype == torch.int64 and rows.dim() == 1
         if not good or not len(rows) or rows.min() < 0 or rows.max() >= len(document):
-            raise _bad(
+            raise bad(
                 f"judged[{index}]", f"int64 positions of {len(document)} tokens", repr(rows)[:80]
             )
 
@@ -473,21 +474,17 @@ def _read_journal(path: Path, identity: Any) -> dict[str, float]:
         known = {str(name): float(kl) for name, kl in content["known"].items()}
         same = content["identity"] == identity
     except Exception as error:
-        raise _bad(
+        raise bad(
             "checkpoint",
             "a file that a calibration of gates left",
             f"{path}, which cannot be read ({type(error).__name__})",
             "Delete it, or name another file.",
         ) from error
     if not ours or not same:
-        raise _bad(
+        raise bad(
             "checkpoint",
             "one of the same model, documents, settings and seed",
             f"{path}, which is of another run",
             "Delete it, or name another file.",
         )
     return known
-
-
-def _bad(what: str, expected: object, received: object, remedy: str = "") -> ValueError:
-    return ValueError(f"{what}: expected {expected}, received {received}. {remedy}".rstrip())

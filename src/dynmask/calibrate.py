@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dynmask.amplify import AMPLIFIERS, amplify
 from dynmask.card import SCHEMA, MaskCard, describe_model
 from dynmask.card_kinds import pack_bits
+from dynmask.errors import bad
 
 if TYPE_CHECKING:
     from dynmask.budgets import GatedSettings
@@ -57,23 +58,23 @@ class DamSettings:
     def __post_init__(self) -> None:
         for name in ("length", "min_support"):
             if type(getattr(self, name)) is not int:
-                raise _bad(f"settings.{name}", "a whole number", repr(getattr(self, name)))
+                raise bad(f"settings.{name}", "a whole number", repr(getattr(self, name)))
         for name in ("tau", "mu", "lam", "eps"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not math.isfinite(value):
-                raise _bad(f"settings.{name}", "a finite number", repr(value))
+                raise bad(f"settings.{name}", "a finite number", repr(value))
         if self.length < 2:
-            raise _bad("settings.length", "at least 2", self.length, "The paper has 512.")
+            raise bad("settings.length", "at least 2", self.length, "The paper has 512.")
         if self.tau <= 0:
-            raise _bad("settings.tau", "more than 0", self.tau, "At 0 every pair is kept.")
+            raise bad("settings.tau", "more than 0", self.tau, "At 0 every pair is kept.")
         if not 0 < self.mu <= 1:
-            raise _bad("settings.mu", "a share in (0, 1]", self.mu)
+            raise bad("settings.mu", "a share in (0, 1]", self.mu)
         if not 0 < self.eps < 1:
-            raise _bad("settings.eps", "a value in (0, 1)", self.eps)
+            raise bad("settings.eps", "a value in (0, 1)", self.eps)
         if not isinstance(self.amplifier, str) or self.amplifier not in AMPLIFIERS:
-            raise _bad("settings.amplifier", f"one of {', '.join(AMPLIFIERS)}", self.amplifier)
+            raise bad("settings.amplifier", f"one of {', '.join(AMPLIFIERS)}", self.amplifier)
         if not 1 <= self.min_support <= self.length:
-            raise _bad(
+            raise bad(
                 "settings.min_support",
                 f"1 to length ({self.length})",
                 self.min_support,
@@ -127,7 +128,7 @@ def calibrate(
     An exception or Ctrl-C leaves the model as it was, and nothing is written anywhere.
     """
     if policy not in ("dam", "retained", "gated"):
-        raise _bad(
+        raise bad(
             "policy",
             "'dam', 'retained' or 'gated'",
             repr(policy),
@@ -146,12 +147,12 @@ def calibrate(
             raise _wrong_settings(kind.__name__, policy, settings)
         return run(model, documents, settings, seed=seed, checkpoint=checkpoint, progress=progress)
     if checkpoint is not None:
-        raise _bad("checkpoint", "none for policy 'dam'", repr(checkpoint), "Leave it out.")
+        raise bad("checkpoint", "none for policy 'dam'", repr(checkpoint), "Leave it out.")
     settings = DamSettings() if settings is None else settings
     if not isinstance(settings, DamSettings):
         raise _wrong_settings("DamSettings", policy, settings)
     if type(batch) is not int or batch < 1:
-        raise _bad("batch", "a whole number of at least 1", repr(batch))
+        raise bad("batch", "a whole number of at least 1", repr(batch))
     windows = _windows(model, documents, settings.length, seed)
     description = describe_model(model)
     means = mean_attention(model, windows, batch=batch, progress=progress)
@@ -176,7 +177,7 @@ def calibrate(
 
 
 def _wrong_settings(expected: str, policy: str, received: object) -> ValueError:
-    return _bad("settings", f"{expected} for policy {policy!r}", type(received).__name__)
+    return bad("settings", f"{expected} for policy {policy!r}", type(received).__name__)
 
 
 def mean_attention(
@@ -191,7 +192,7 @@ def mean_attention(
 
     shape = describe_model(model)
     if not isinstance(model, PreTrainedModel):
-        raise _bad("model", "a transformers PreTrainedModel", type(model).__name__)
+        raise bad("model", "a transformers PreTrainedModel", type(model).__name__)
     device = next(model.get_input_embeddings().parameters()).device
     capture = _Capture()
     with (
@@ -206,7 +207,7 @@ def mean_attention(
     for layer in range(shape["layers"]):
         found = capture.sums.get(layer)
         if found is None or tuple(found.shape) != expected:
-            raise _bad(
+            raise bad(
                 "model",
                 f"an attention map {list(expected)} from each of its {shape['layers']} layers",
                 f"{'none' if found is None else list(found.shape)} from layer {layer}",
@@ -214,7 +215,7 @@ def mean_attention(
             )
         found /= len(windows)
         if not found.isfinite().all():
-            raise _bad(
+            raise bad(
                 "model",
                 "finite attention",
                 f"NaN or infinity in layer {layer}",
@@ -415,10 +416,10 @@ def _configs(model: nn.Module) -> list[Any]:
 def _windows(model: nn.Module, documents: Sequence[Tensor], length: int, seed: int) -> Tensor:
     """One window of every document, int64 [n, L] on the CPU; every check happens here."""
     if len(documents) == 0:
-        raise _bad("documents", "at least one", "an empty set", "Pass token ids to calibrate on.")
+        raise bad("documents", "at least one", "an empty set", "Pass token ids to calibrate on.")
     vocabulary, positions, bos = vocabulary_of(model)
     if positions is not None and length > positions:
-        raise _bad(
+        raise bad(
             "settings.length",
             f"at most the model's {positions} positions",
             length,
@@ -447,11 +448,11 @@ def check_document(
     name = f"documents[{index}]"
     if not isinstance(document, Tensor) or document.dim() != 1:
         shape = list(document.shape) if isinstance(document, Tensor) else type(document).__name__
-        raise _bad(name, "a 1-D tensor of token ids", shape, "Pass tokenizer(text).input_ids[0].")
+        raise bad(name, "a 1-D tensor of token ids", shape, "Pass tokenizer(text).input_ids[0].")
     if document.is_floating_point() or document.is_complex() or document.dtype == torch.bool:
-        raise _bad(name, "whole numbers", document.dtype, "Convert the ids with .long().")
+        raise bad(name, "whole numbers", document.dtype, "Convert the ids with .long().")
     if len(document) < length:
-        raise _bad(
+        raise bad(
             name,
             f"at least {length} tokens (settings.{setting})",
             len(document),
@@ -459,7 +460,7 @@ def check_document(
         )
     low, high = int(document.min()), int(document.max())
     if low < 0 or (vocabulary is not None and high >= vocabulary):
-        raise _bad(
+        raise bad(
             name,
             f"token ids in [0, {vocabulary})",
             f"{low} to {high}",
@@ -510,7 +511,3 @@ def token_digest(documents: Iterable[Tensor]) -> str:
     for document in documents:
         digest.update(document.cpu().long().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-def _bad(what: str, expected: object, received: object, remedy: str = "") -> ValueError:
-    return ValueError(f"{what}: expected {expected}, received {received}. {remedy}".rstrip())

@@ -19,113 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .masks.base import check_whole
-from .retention import _one_of_each, _wide
-
-LATE_POSITIONS = 256
-"""Positions whose query blocks count as near the end, where tasks ask their questions."""
-
-NUMBERS_AT_A_TIME = 2**24
-"""Numbers in float32 that are held at a time, beside results: 64 MiB."""
-
-
-@dataclass(frozen=True, eq=False)
-class BlockSummary:
-    """What is kept of the keys of each block: how many, their mean, and how far they lie from it.
-
-    Chunk by chunk or at once, the summary is the same up to rounding, which makes it the state of
-    chunked prefill and decoding. Tensors are float32 (float64 for float64 keys).
-
-    Args:
-        count: [blocks], keys in each block; only the first and the last may be short.
-        mean: [b, g, blocks, d].
-        spread: sums of the squared differences from the mean, [b, g, blocks, d].
-        block: positions in a block.
-        start, stop: positions of the first key and after the last.
-    """
-
-    count: Tensor
-    mean: Tensor
-    spread: Tensor
-    block: int
-    start: int
-    stop: int
-
-    @classmethod
-    def of(cls, key: Tensor, block: int, start: int = 0) -> BlockSummary:
-        """Summary of keys [b, g, k, d], the first of which has position ``start``."""
-        check_whole("block", block, 1)
-        check_whole("start", start, 0)
-        if key.dim() != 4 or not key.numel():
-            raise ValueError(f"key: expected some of [b, g, k, d], received {tuple(key.shape)}")
-        batch, groups, keys, dim = key.shape
-        stop = start + keys
-        step = max(NUMBERS_AT_A_TIME // (batch * groups * dim * block), 1) * block
-        cuts = [*range(start - start % block + step, stop, step), stop]
-        means, spreads, first = [], [], start
-        for last in cuts:
-            part = _in_blocks(_wide(key[:, :, first - start : last - start]), first, block)
-            held = _held(first, last, block, key.device)
-            mean = part.sum(3) / held.sum(-1)[:, None]
-            apart = (part - mean[..., None, :]).masked_fill(~held[..., None], 0)
-            means.append(mean)
-            spreads.append(apart.square().sum(3))
-            first = last
-        count = _held(start, stop, block, key.device).sum(-1).to(means[0].dtype)
-        return cls(count, torch.cat(means, 2), torch.cat(spreads, 2), block, start, stop)
-
-    def update(self, key: Tensor, start: int) -> BlockSummary:
-        """The summary with the keys [b, g, k, d] that follow, from position ``start`` on."""
-        if start != self.stop:
-            raise ValueError(
-                f"start: expected {self.stop}, the position after the keys that are summarised, "
-                f"received {start}; pass chunks one after the other"
-            )
-        if key.shape[:2] + key.shape[3:] != self.mean.shape[:2] + self.mean.shape[3:]:
-            raise ValueError(
-                f"key: expected [b, g, k, d] like the summary {tuple(self.mean.shape)}, received "
-                f"{tuple(key.shape)}"
-            )
-        new = BlockSummary.of(key, self.block, start)
-        count, mean, spread = self.count, self.mean, self.spread
-        if start % self.block:  # the block that both have keys of
-            old_n, new_n = count[-1:], new.count[:1]
-            share = new_n / (old_n + new_n)
-            apart = new.mean[:, :, :1] - mean[:, :, -1:]
-            new.count[:1] += old_n
-            new.spread[:, :, :1] += spread[:, :, -1:] + apart.square() * old_n * share
-            new.mean[:, :, :1] = mean[:, :, -1:] + apart * share
-            count, mean, spread = count[:-1], mean[:, :, :-1], spread[:, :, :-1]
-        return BlockSummary(
-            torch.cat([count, new.count]),
-            torch.cat([mean, new.mean], 2),
-            torch.cat([spread, new.spread], 2),
-            self.block,
-            self.start,
-            new.stop,
-        )
-
-    @property
-    def variance(self) -> Tensor:
-        """Variance of the keys of each block: [b, g, blocks, d]."""
-        return self.spread / self.count[:, None]
-
-    def coarser(self, block: int) -> BlockSummary:
-        """The summary in blocks of ``block``, a multiple of the present size."""
-        if block == self.block:
-            return self
-        if block % self.block:
-            raise ValueError(f"block: expected a multiple of {self.block}, received {block}")
-        first = self.start // self.block
-
-        def whole(x: Tensor) -> Tensor:
-            return _in_blocks(x, first, block // self.block)
-
-        part = whole(self.count[None, None, :, None])[0, 0]
-        count = part.sum(1)
-        mean = (whole(self.mean) * part).sum(3) / count
-        apart = (whole(self.mean) - mean[..., None, :]).square() * part
-        spread = (whole(self.spread) + apart).sum(3)
-        return BlockSummary(count[:, 0], mean, spread, block, self.start, self.stop)
+from .retention import LATE_ROWS, _draw, _wide
+from .summary import NUMBERS_AT_A_TIME, BlockSummary, in_blocks
 
 
 def block_estimate(
@@ -168,10 +63,10 @@ def block_estimate(
     summary = _summary(key, key_pool, block, first_key)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     pools, rows = _query_pools(query, grid, query_blocks)
-    future = grid.future(query_blocks, query.device)
+    future, variance = grid.future(query_blocks, query.device), summary.variance
     parts = []
     for some, *which in _few(pools, rows, future, summary.mean.shape[2]):
-        parts.append(_together(_estimate(some, summary, factor, block), *which))
+        parts.append(_together(_estimate(some, summary, variance, factor, block), *which))
     return torch.cat(parts, 2)
 
 
@@ -245,11 +140,11 @@ class BlockEncoder(nn.Module):
             summary = _summary(key, self.key_pool, self.block, first_key)
             factor = query.shape[-1] ** -0.5 if scale is None else scale
             pools, rows = _query_pools(query, grid, query_blocks)
-            future = grid.future(query_blocks, query.device)
+            future, variance = grid.future(query_blocks, query.device), summary.variance
             keys = self._keys(summary)
             parts = []
             for some, *which in _few(pools, rows, future, summary.mean.shape[2]):
-                score = _estimate(some, summary, factor, self.block)
+                score = _estimate(some, summary, variance, factor, self.block)
                 score = score * self.gain.to(score.dtype)[:, None, None, None]
                 parts.append(_together(score + self._learned(some, keys), *which))
             return torch.cat(parts, 2)
@@ -334,8 +229,8 @@ def block_effects(
         most = batch * padded * max(1, -(-value.shape[-1] // block))
         step = max(1, NUMBERS_AT_A_TIME // (most * members))
         for g in range(groups):
-            k = _in_blocks(_wide(key[:, g : g + 1]), first_key, block).flatten(2, 3)
-            v = _in_blocks(_wide(value[:, g : g + 1]), first_key, block)
+            k = in_blocks(_wide(key[:, g : g + 1]), first_key, block).flatten(2, 3)
+            v = in_blocks(_wide(value[:, g : g + 1]), first_key, block)
             for i in range(len(row)):
                 for a in range(0, block, step):
                     own = slice(a, a + step)
@@ -420,7 +315,8 @@ def encoder_loss_of(
     first = max(0, 3 - grid.before)
     if first >= grid.query_blocks:
         return sum((p.sum() for p in encoder.parameters()), torch.zeros((), device=key.device)) * 0
-    drawn = _draw(first, grid.query_blocks, query_blocks, late, encoder.block, query.device)
+    near = -(-LATE_ROWS // encoder.block)
+    drawn = _draw(first, grid.query_blocks, query_blocks, late, query.device, near)
     effects, _ = block_effects(query, key, value, encoder.block, drawn, scale, first_key=first_key)
     scores = encoder(query, key, first_key, scale=scale, query_blocks=drawn)
     return encoder_loss(scores, effects)
@@ -516,12 +412,14 @@ def _row_effects(
     return tuple(x.mT.unflatten(1, (members, rows)) for x in (effect, mass))  # type: ignore[return-value]
 
 
-def _estimate(pools: Tensor, summary: BlockSummary, scale: float, block: int) -> Tensor:
+def _estimate(
+    pools: Tensor, summary: BlockSummary, variance: Tensor, scale: float, block: int
+) -> Tensor:
     """Log-sum-exp over each key block for query pools [b, h, n, pools, d]."""
     batch, heads, blocks, count, dim = pools.shape
     x = pools.reshape(batch, summary.mean.shape[1], -1, dim) * scale
     x = x.to(summary.mean.dtype)
-    logits = x @ summary.mean.mT + 0.5 * x.square() @ summary.variance.mT + summary.count.log()
+    logits = x @ summary.mean.mT + 0.5 * x.square() @ variance.mT + summary.count.log()
     logits = logits.view(batch, heads, blocks, count, -1)
     size = block // summary.block
     front = summary.start // summary.block % size
@@ -546,7 +444,7 @@ def _query_pools(query: Tensor, grid: _Grid, query_blocks: Tensor | None) -> tup
     """Mean of the rows of each pool [b, h, n, pools, d], and how many there are [n, pools]."""
     if query_blocks is None:
         position = grid.rows(torch.arange(grid.query_blocks, device=query.device))
-        rows = _in_blocks(query, grid.start, grid.block)
+        rows = in_blocks(query, grid.start, grid.block)
     else:
         position = grid.rows(query_blocks)
         row = (position - grid.start).clamp(0, query.shape[2] - 1)
@@ -576,34 +474,6 @@ def _summary(key: Tensor | BlockSummary, pool: int, block: int, first_key: int) 
         return BlockSummary.of(key, pool, first_key)
     _check_pools(block, key.block)
     return key
-
-
-def _in_blocks(x: Tensor, first: int, block: int) -> Tensor:
-    """Positions [.., n, d] from ``first`` on, in whole blocks [.., blocks, block, d]; 0 outside."""
-    front = first % block
-    back = -(front + x.shape[-2]) % block
-    if front or back:
-        x = nn.functional.pad(x, (0, 0, front, back))
-    return x.unflatten(-2, (-1, block))
-
-
-def _held(first: int, stop: int, block: int, device: torch.device) -> Tensor:
-    """Which positions of the blocks around [first, stop) lie in it: bool [blocks, block]."""
-    low = first - first % block
-    position = torch.arange(low, stop + -stop % block, device=device)
-    return ((position >= first) & (position < stop)).view(-1, block)
-
-
-def _draw(
-    first: int, stop: int, count: int, late: float, block: int, device: torch.device
-) -> Tensor:
-    """Query blocks out of [first, stop), ascending, some of them near the end: int64."""
-    split = max(first, stop - -(-LATE_POSITIONS // block))
-    end = min(math.ceil(late * count), stop - split)
-    rest = min(count - end, split - first)
-    end = min(count - rest, stop - split)
-    early = _one_of_each(first, split, rest, device)
-    return torch.cat([early, _one_of_each(split, stop, end, device)])
 
 
 def _check_pools(block: int, *pools: int) -> None:

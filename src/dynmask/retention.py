@@ -167,9 +167,11 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _draw(first: int, stop: int, rows: int, late: float, device: torch.device) -> Tensor:
-    """Positions of the drawn rows, ascending, out of [first, stop): int64."""
-    split = max(first, stop - LATE_ROWS)
+def _draw(
+    first: int, stop: int, rows: int, late: float, device: torch.device, near: int = LATE_ROWS
+) -> Tensor:
+    """Drawn rows, ascending, out of [first, stop), a share of them from the last ``near``."""
+    split = max(first, stop - near)
     end = min(math.ceil(late * rows), stop - split)
     rest = min(rows - end, split - first)
     end = min(rows - rest, stop - split)

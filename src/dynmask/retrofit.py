@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dynmask.card import SCHEMA, MaskCard, describe_model
 from dynmask.card_kinds import MAX_HIDDEN
+from dynmask.errors import bad
 from dynmask.masks import LifetimeMask
 from dynmask.nn import Retention
 from dynmask.teaching import Heads, Training, measure
@@ -76,42 +77,42 @@ class RetainedSettings:
     def __post_init__(self) -> None:
         lengths = self.lengths
         if not isinstance(lengths, list | tuple) or not lengths:
-            raise _bad("settings.lengths", "some numbers of tokens", repr(lengths))
+            raise bad("settings.lengths", "some numbers of tokens", repr(lengths))
         object.__setattr__(self, "lengths", tuple(lengths))
         whole = {name: 1 for name in ("tokens", "rows", "hidden", "width")}
         whole |= {"warmup": 0, "window": 1, "sinks": 0}
         for name, least in whole.items():
             value = getattr(self, name)
             if type(value) is not int or value < least:
-                raise _bad(f"settings.{name}", f"a whole number of at least {least}", repr(value))
+                raise bad(f"settings.{name}", f"a whole number of at least {least}", repr(value))
             most = MAX_HIDDEN if name == "hidden" else LifetimeMask.INF
             if value > most:
-                raise _bad(f"settings.{name}", f"at most {most}", value)
+                raise bad(f"settings.{name}", f"at most {most}", value)
         if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
-            raise _bad("settings.steps", "a whole number of at least 1, or None", repr(self.steps))
+            raise bad("settings.steps", "a whole number of at least 1, or None", repr(self.steps))
         for name in ("minutes", "shorter", "late", "learning_rate", "weight_decay"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-                raise _bad(f"settings.{name}", "a finite number of at least 0", repr(value))
+                raise bad(f"settings.{name}", "a finite number of at least 0", repr(value))
         for name in ("shorter", "late"):
             if getattr(self, name) > 1:
-                raise _bad(f"settings.{name}", "a share from 0 to 1", getattr(self, name))
+                raise bad(f"settings.{name}", "a share from 0 to 1", getattr(self, name))
         for name in ("minutes", "learning_rate"):
             if not getattr(self, name):
-                raise _bad(f"settings.{name}", "more than 0", 0)
+                raise bad(f"settings.{name}", "more than 0", 0)
         if self.head not in ("pair", "value"):
-            raise _bad("settings.head", "'pair' or 'value'", repr(self.head))
+            raise bad("settings.head", "'pair' or 'value'", repr(self.head))
         shortest = self.window + self.sinks + 2
         for length in self.lengths:
             if type(length) is not int or length < shortest:
-                raise _bad(
+                raise bad(
                     "settings.lengths",
                     f"whole numbers of at least {shortest} (window, sinks and something to judge)",
                     repr(length),
                     "Pass longer lengths or a smaller window.",
                 )
         if self.width < self.window + self.sinks:
-            raise _bad(
+            raise bad(
                 "settings.width",
                 f"at least window and sinks ({self.window + self.sinks})",
                 self.width,
@@ -173,7 +174,7 @@ def retrofit(
     """
     settings = settings or RetainedSettings()
     if not isinstance(settings, RetainedSettings):
-        raise _bad("settings", "RetainedSettings", type(settings).__name__)
+        raise bad("settings", "RetainedSettings", type(settings).__name__)
     data = _Data(model, documents, settings, seed)
     from dynmask.integrations.checks import check_model
 
@@ -234,12 +235,12 @@ class _Data:
         from dynmask.calibrate import check_document, token_digest, vocabulary_of
 
         if len(documents) == 0:
-            raise _bad("documents", "at least one", "an empty set", "Pass token ids to train on.")
+            raise bad("documents", "at least one", "an empty set", "Pass token ids to train on.")
         self.lengths = sorted(settings.lengths)
         self.seed, self.tokens = seed, settings.tokens
         vocabulary, positions, self.bos = vocabulary_of(model)
         if positions is not None and self.lengths[-1] > positions:
-            raise _bad(
+            raise bad(
                 "settings.lengths",
                 f"at most the model's {positions} positions",
                 self.lengths[-1],
@@ -251,7 +252,7 @@ class _Data:
         self.documents = [document.cpu().to(torch.int32) for document in documents]
         longest = [i for i, d in enumerate(self.documents) if len(d) >= self.lengths[-1]]
         if not longest:
-            raise _bad(
+            raise bad(
                 "documents",
                 f"at least one of {self.lengths[-1]} tokens, the longest of settings.lengths",
                 f"none above {max(map(len, self.documents))}",
@@ -288,7 +289,3 @@ class _Data:
         if self.bos is not None and document[0] == self.bos:
             window[0] = self.bos
         return window
-
-
-def _bad(what: str, expected: object, received: object, remedy: str = "") -> ValueError:
-    return ValueError(f"{what}: expected {expected}, received {received}. {remedy}".rstrip())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmask.card import write_atomically
+from dynmask.errors import bad
 from dynmask.masks import LifetimeMask
 from dynmask.nn import Retention, retention_loss_of
 from dynmask.policies.base import AnyModel, Layer
@@ -59,7 +60,7 @@ class Heads:
         self.windows = [int(window) if k == "sliding_attention" else None for k in kinds]  # type: ignore[arg-type]
         missing = [i for i in range(layers) if i not in attentions]
         if missing or None not in self.windows:
-            raise _bad(
+            raise bad(
                 "model",
                 "attention in every layer, of which one at least has no sliding window",
                 f"a model without it in layer {missing[0]}" if missing else "windows everywhere",
@@ -303,14 +304,14 @@ class Training:
             fits = all(t.shape == p.shape for p, *ts in parts for t in ts)
             step, seconds, losses = state["step"], state["seconds"], state["losses"]
         except Exception as error:
-            raise _bad(
+            raise bad(
                 "checkpoint",
                 "a file that a run with these settings left",
                 f"{path}, which cannot be read ({type(error).__name__})",
                 "Delete it, or name another file.",
             ) from error
         if not same or not fits:
-            raise _bad(
+            raise bad(
                 "checkpoint",
                 "one of the same model, documents, settings and seed",
                 f"{path}, which is of another run",
@@ -421,7 +422,3 @@ def _whole() -> Iterator[None]:
 def _forked(device: torch.device) -> Any:
     """A context after which the caller's random numbers are what they were."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-
-def _bad(what: str, expected: object, received: object, remedy: str = "") -> ValueError:
-    return ValueError(f"{what}: expected {expected}, received {received}. {remedy}".rstrip())

@@ -11,8 +11,7 @@ from torch import Tensor
 from ..masks import BlockMask
 from ..masks.base import repeat_heads
 from .base import AnyModel, Layer, check_field
-from .pooled import _mean
-from .weights import block_sums, causal_weights, diagonal_sums, smallest_set
+from .weights import block_means, block_sums, causal_weights, diagonal_sums, smallest_set
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class FlexPrefill(AnyModel):
         """Choose key blocks for every query block and head."""
         keys, queries = key.shape[2], query.shape[2]
         columns, diagonals = self._lines(query[:, :, -self.block :], key)
-        means = repeat_heads(_mean(key, 0, self.block), query.shape[1])
+        means = repeat_heads(block_means(key, 0, self.block), query.shape[1])
         estimate = _softmax(query[:, :, -self.block :].float().mean(2, keepdim=True), means)
         aware = distance(estimate[:, :, 0], block_sums(columns, self.block)) < self.tau
         column, diagonal = (self._blocks(x, aware) for x in (columns, diagonals))
@@ -65,7 +64,7 @@ class FlexPrefill(AnyModel):
         kb = torch.arange(means.shape[2], device=key.device)
         apart = kb[first:, None] - kb
         chosen = column[:, :, None] | diagonal[..., apart.clamp(min=0)]
-        pooled = _softmax(_mean(query, keys - queries, self.block), means, apart < 0)
+        pooled = _softmax(block_means(query, keys - queries, self.block), means, apart < 0)
         seems = smallest_set(pooled.flatten(-2), self.gamma).view_as(chosen)
         chosen |= seems & aware[..., None, None]
         return BlockMask.from_scores(chosen, self.block, self.block, keys, queries)

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from ..masks import LifetimeMask
-from ..masks.base import repeat_heads
 from .base import Layer, check_field
-
-NUMBERS_AT_A_TIME = 2**27
-"""Attention weights of the last queries that are held at a time: 512 MiB."""
+from .weights import causal_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,20 +132,20 @@ class Gated:
         if min(window) >= keys:
             return LifetimeMask.causal(keys, queries, device=key.device)
         k = torch.arange(keys, device=key.device)
-        width = torch.tensor(window, device=key.device)[:, None]
+        width = torch.tensor(window).to(key.device, non_blocking=True)[:, None]
         death = (k + width).clamp(max=LifetimeMask.INF)  # [h, keys] int64: the sum may pass INF
         death[:, : max(self.sinks - layer.first_key, 0)] = LifetimeMask.INF
         death = death.int().expand(batch, -1, -1)
         most = max(counts)
         if most:
-            # contiguous: the window of a head is as wide as its gate says, not as its neighbour's
-            death = death.clone()
+            death = death.clone()  # every batch row has columns of its own
             chosen, worth = self._columns(query, key, width, layer.first_key, most)
-            limit = torch.tensor(counts, device=key.device)[:, None]
+            limit = torch.tensor(counts).to(key.device, non_blocking=True)[:, None]
             keep = (torch.arange(most, device=key.device) < limit) & (worth >= self.least)
             old = death.gather(-1, chosen)
             death.scatter_(-1, chosen, old.masked_fill(keep, LifetimeMask.INF))
-        return LifetimeMask(death, queries)
+        reads = max(w + c for w, c in zip(window, counts, strict=True)) + self.sinks
+        return LifetimeMask(death, queries, most=min(keys, reads))
 
     def _budgets(self, layer: int, heads: int, keys: int) -> tuple[list[int], list[int]]:
         """Window and columns of each head."""
@@ -163,20 +160,17 @@ class Gated:
 
         What sinks and the last row's window hold is worth nothing here: it is read anyway.
         """
-        batch, heads, _, dim = query.shape
-        keys, last = key.shape[2], min(self.last, query.shape[2])
-        rows = query[:, :, -last:].float() * dim**-0.5
+        rows, keys = query[:, :, -self.last :], key.shape[2]
+        last, members = rows.shape[2], query.shape[1] // key.shape[1]
         position = torch.arange(keys - last, keys, device=key.device)[:, None]
         k = torch.arange(keys, device=key.device)
-        hidden = k > position
-        worth = torch.empty(batch, heads, keys, device=key.device)
-        at_once = max(1, NUMBERS_AT_A_TIME // (batch * last * keys))
-        for h in range(0, heads, at_once):
-            own = slice(h, h + at_once)
-            wide = repeat_heads(key, heads)[:, own].float()
-            share = (rows[:, own] @ wide.mT).masked_fill_(hidden, float("-inf")).softmax(-1)
-            near = k > position - width[own, :, None]  # in the window of that row
-            worth[:, own] = share.masked_fill_(near, 0).amax(-2)
+        parts = []
+        for g, some in enumerate(rows.split(members, 1)):  # all heads at once are gigabytes
+            share = causal_weights(some, key[:, g : g + 1])
+            own = width[g * members : (g + 1) * members, :, None]
+            near = k > position - own  # in the window of that row
+            parts.append(share.masked_fill_(near, 0).amax(-2))
+        worth = torch.cat(parts, 1)
         if self.pool > 1:
             worth = torch.nn.functional.max_pool1d(worth, self.pool, 1, self.pool // 2)
         worth[..., : max(self.sinks - first_key, 0)] = 0

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..masks import BlockMask
 from ..masks.base import repeat_heads
 from .base import AnyModel, Layer, check_field
+from .weights import block_means
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Pooled(AnyModel):
         """Choose key blocks for every query block and head."""
         keys, queries = key.shape[2], query.shape[2]
         heads = query.shape[1]
-        pooled_q = _mean(query, keys - queries, self.block)
-        pooled_k = repeat_heads(_mean(key, 0, self.block), heads)
+        pooled_q = block_means(query, keys - queries, self.block)
+        pooled_k = repeat_heads(block_means(key, 0, self.block), heads)
         first = (keys - queries) // self.block
         logits = pooled_q @ pooled_k.mT * query.shape[-1] ** -0.5
         qb = torch.arange(first, first + logits.shape[2], device=query.device)[:, None]
@@ -52,17 +53,6 @@ class Pooled(AnyModel):
         chosen = _smallest_set(weights, self.top_p)
         chosen[..., 0] = True
         return BlockMask.from_scores(chosen, self.block, self.block, keys, queries)
-
-
-def _mean(x: Tensor, start: int, block: int) -> Tensor:
-    """Mean over each block of positions [start, start + n): float32 [b, heads, blocks, d]."""
-    b, heads, n, d = x.shape
-    first, blocks = start // block, -(-(start + n) // block) - start // block
-    number = torch.arange(start, start + n, device=x.device) // block - first
-    total = torch.zeros(b, heads, blocks, d, device=x.device)
-    total.index_add_(2, number, x.float())
-    border = torch.arange(first, first + blocks + 1, device=x.device) * block
-    return total / border.clamp(start, start + n).diff()[:, None]
 
 
 def _smallest_set(weights: Tensor, share: float) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from ..masks import StructuralMask
 from ..masks.base import repeat_heads
 from .base import AnyModel, Layer, check_field
+from .weights import diagonal_sums, future
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class VerticalSlash(AnyModel):
         """Columns and diagonals from the softmax of the last queries."""
         keys, last = key.shape[2], min(self.last, query.shape[2])
         weights = _last_rows(query[:, :, -last:], key)
-        columns, diagonals = weights.sum(-2), _diagonal_sums(weights)
+        columns, diagonals = weights.sum(-2), diagonal_sums(weights)
         columns[..., : max(self.sinks - layer.first_key, 0)] = float("inf")
         diagonals[..., : self.window] = float("inf")
         return StructuralMask(
@@ -66,18 +66,7 @@ def _last_rows(query: Tensor, key: Tensor) -> Tensor:
     rows, keys = query.shape[2], key.shape[2]
     key = repeat_heads(key, query.shape[1])
     logits = (query @ key.mT).float() * query.shape[-1] ** -0.5
-    position = torch.arange(keys - rows, keys, device=query.device)[:, None]
-    hidden = torch.arange(keys, device=query.device) > position
-    return logits.masked_fill(hidden, float("-inf")).softmax(-1)
-
-
-def _diagonal_sums(weights: Tensor) -> Tensor:
-    """Sum over each diagonal q - k: [b, h, keys], by offset."""
-    rows, keys = weights.shape[-2:]
-    position = torch.arange(keys - rows, keys, device=weights.device)[:, None]
-    offset = (position - torch.arange(keys, device=weights.device)).clamp(min=0)
-    out = torch.zeros_like(weights[..., 0, :])
-    return out.scatter_add_(-1, offset.flatten().expand(*out.shape[:2], -1), weights.flatten(-2))
+    return logits.masked_fill(future(rows, keys, query.device), float("-inf")).softmax(-1)
 
 
 def _best(score: Tensor, n: int) -> Tensor:

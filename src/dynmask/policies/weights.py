@@ -61,6 +61,17 @@ def block_sums(x: Tensor, block: int) -> Tensor:
     return x.unflatten(-1, (-1, block)).sum(-1)
 
 
+def block_means(x: Tensor, start: int, block: int) -> Tensor:
+    """Mean over each block of positions [start, start + n): float32 [b, heads, blocks, d]."""
+    b, heads, n, d = x.shape
+    first, blocks = start // block, -(-(start + n) // block) - start // block
+    number = torch.arange(start, start + n, device=x.device) // block - first
+    total = torch.zeros(b, heads, blocks, d, device=x.device)
+    total.index_add_(2, number, x.float())
+    border = torch.arange(first, first + blocks + 1, device=x.device) * block
+    return total / border.clamp(start, start + n).diff()[:, None]
+
+
 def smallest_set(
     weights: Tensor, share: float, forced: Tensor | None = None, most: int = 0
 ) -> Tensor:
