@@ -221,7 +221,7 @@ def prepare(options: argparse.Namespace, recipe: NeedleRecipe) -> BaseProcess:
     """Write the text that variants share, and let a process write the prompts meanwhile."""
     shared = options.out / "shared"
     context = multiprocessing.get_context("spawn")
-    workers = 1 if options.smoke else min(4, os.cpu_count() or 1)
+    workers = 1 if options.smoke else max(2, (os.cpu_count() or 1) // 3)
     if options.test_only:  # nothing else wants the processors
         workers = os.cpu_count() or 1
     arguments = (shared, TOKENIZER, dict(recipe.tests), 1, workers)

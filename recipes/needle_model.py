@@ -99,6 +99,7 @@ class NeedleRecipe(Recipe):
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dma": {},
+    "far": {"far": 0.5},
     "full": {"mixer": "full", "weight": 0.0, "bias": False},
     "window": {"mixer": "window", "weight": 0.0, "bias": False, "dense_stages": 0},
     "published": {"form": "exp", "start": 0.1, "window": 0, "sinks": 0, "weight": 0.0,
