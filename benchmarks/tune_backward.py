@@ -35,6 +35,18 @@ Candidate = tuple[str, int, Any]
 
 TILES = (512, 1024, 2048, 4096)
 
+FORWARD = [
+    RowConfig(128, 64, 8, 2, 128),
+    RowConfig(128, 64, 8, 2, 168),
+    RowConfig(128, 64, 8, 2),
+    RowConfig(128, 32, 8, 2, 128),
+    RowConfig(128, 32, 8, 3, 128),
+    RowConfig(64, 64, 4, 2),
+    RowConfig(64, 64, 4, 2, 168),
+    RowConfig(64, 32, 4, 2, 128),
+    RowConfig(64, 32, 4, 3, 168),
+]
+
 KEYS = [
     KeyConfig(64, 64, 4, 2),
     KeyConfig(64, 64, 4, 3),
@@ -68,7 +80,7 @@ ROWS = [
 
 def candidates() -> list[Candidate]:
     """All that is tried; every configuration of keys at one tile, the likely ones at each."""
-    out: list[Candidate] = [("forward", 64, None)]
+    out: list[Candidate] = [("forward", 64, config) for config in FORWARD]
     out += [("rows", tile, config) for tile, config in ROWS]
     out += [("keys", 1024, config) for config in KEYS]
     likely = [KEYS[0], KEYS[2], KEYS[9]]
@@ -113,7 +125,7 @@ class Case:
         plan, scale = self.plans[tile], DIM**-0.5
         inputs = (self.query, self.key, self.value, self.bias, plan, scale)
         if what == "forward":
-            return lambda: prefill(*inputs, self.out, self.lse)
+            return lambda: prefill(*inputs, self.out, self.lse, config)
         if what == "rows":
             results = (self.query_grad, self.delta)
             return lambda: rows_backward(

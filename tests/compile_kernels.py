@@ -73,7 +73,8 @@ def prefill_kernel(name, rule, tile=64, dim=128, block=1, dtype="bf16", **more):
 def backward_kernels(name, rule, tile=64, dim=128, block=1, dtype="bf16", **more):
     """Both kernels of the backward as attention() runs them."""
     size = 4 if dtype == "fp32" else 2
-    rows, keys = backward.row_config_of(dim, size), backward.key_config_of(dim, size)
+    rows = backward.row_config_of(dim, size, 4 * tile)
+    keys = backward.key_config_of(dim, size, more.get("HAS_BIAS", False))
     pad, part = triton.next_power_of_2(dim), min(tile, rows.rows)
     constants = {
         "MEMBERS": 4, "D": dim, "DV": dim, "D_PAD": pad, "DV_PAD": pad, "BLOCK": block,
@@ -81,7 +82,7 @@ def backward_kernels(name, rule, tile=64, dim=128, block=1, dtype="bf16", **more
         "PRECISION": "tf32x3" if size == 4 else "tf32", **more,
     }  # fmt: skip
     own = {
-        "PACK": rows.rows // part, "PART": part, "PARTS": tile // part, "STEP": rows.step,
+        "PACK": min(rows.rows // part, 4), "PART": part, "PARTS": tile // part, "STEP": rows.step,
         "HAS_LSE_SLOPE": False, "STAGES": rows.stages,
         "EDGE_STAGES": rows.stages if rule == "bits" else 1,
     }  # fmt: skip

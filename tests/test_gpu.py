@@ -436,6 +436,15 @@ def test_deterministic_gradients_are_the_same_bits(kind):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("keys", [1, 17, 64, 100])
+def test_gradients_where_half_of_the_only_block_lies_beyond_the_keys(keys):
+    """A program whose keys no row reads has no rows to walk over either."""
+    for groups in (1, HEADS):
+        bias = torch.randn(B, groups, keys, device="cuda")
+        args = tensors(keys, keys, torch.bfloat16, HEADS, groups, 64)
+        check_gradients(args, LifetimeMask.causal(keys, device="cuda"), bias)
+
+
 @pytest.mark.parametrize("kind", ["causal", "top_w", "window"])
 def test_gradients_of_many_rows(kind):
     """Several tiles of the kernel that holds keys, and chunks that skip rows."""

@@ -288,6 +288,8 @@ def _key_kernel(
         high = tl.minimum(high, tl.max(tl.where(listed, dies, 0), 0))
     if RULE != "bits":  # rows that see a key of this chunk
         low = tl.maximum(low, tl.min(tl.where(listed, key, 2147483647), 0))
+    if low >= high:  # no row: `turn // steps` below, which loads may be issued ahead of, is sound
+        return
     at_key = key.to(tl.int64) if WIDE else key
     d, dv = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
     there_k, there_v = listed[:, None] & (d < D)[None, :], listed[:, None] & (dv < DV)[None, :]
@@ -309,7 +311,7 @@ def _key_kernel(
     key_acc = tl.zeros([CHUNK, D_PAD], tl.float32)
     value_acc = tl.zeros([CHUNK, DV_PAD], tl.float32)
     bias_acc = tl.zeros([CHUNK], tl.float32)
-    steps = tl.maximum(tl.cdiv(high - low, STEP), 0)
+    steps = tl.cdiv(high - low, STEP)
     turns = steps * MEMBERS
     masked = tl.where(start + CHUNK > full, turns, 0)  # all of them, or none
     key_acc, value_acc, bias_acc = _key_steps(
@@ -352,22 +354,28 @@ class KeyConfig:
     registers: int | None = None
 
 
-def row_config_of(dim: int, size: int) -> RowConfig:
-    """How to compile the kernel that holds rows, by the larger head dim and bytes of an element."""
+def row_config_of(dim: int, size: int, rows: int) -> RowConfig:
+    """How to compile the kernel that holds rows, as measured (``benchmarks/tune_backward.py``).
+
+    Args:
+        dim: the larger head dim.
+        size: bytes of an element.
+        rows: of all heads that share a tile's list.
+    """
     if size == 4:
         return RowConfig(32, 32, 4, 1) if dim <= 128 else RowConfig(16, 16, 4, 1)
     if dim > 128:
         return RowConfig(64, 32, 8, 2)
-    return RowConfig(64, 64, 4, 2)
+    return RowConfig(64, 64, 4, 2) if rows < 128 else RowConfig(128, 32, 8, 3, 128)
 
 
-def key_config_of(dim: int, size: int) -> KeyConfig:
-    """The same for the kernel that holds keys."""
+def key_config_of(dim: int, size: int, bias: bool) -> KeyConfig:
+    """The same for the kernel that holds keys: the sums of a bias's gradient take registers."""
     if size == 4:
         return KeyConfig(32, 32, 4, 1) if dim <= 128 else KeyConfig(16, 16, 4, 1)
     if dim > 128:
         return KeyConfig(64, 32, 8, 2)
-    return KeyConfig(64, 64, 4, 2)
+    return KeyConfig(64, 64, 4, 1 if bias else 2)
 
 
 def _switches(plan: PlanTensors, call: Call) -> dict[str, object]:
@@ -432,7 +440,7 @@ def rows_backward(
     tile = max(next_power_of_2(plan.tile), 16)
     switches = _switches(plan, call)
     dim = max(call.sizes["D"], call.sizes["DV"])
-    config = config or row_config_of(dim, query.element_size())
+    config = config or row_config_of(dim, query.element_size(), tile * call.members)
     part = min(tile, config.rows)
     pack = min(config.rows // part, next_power_of_2(call.members))
     stages = config.stages
@@ -482,7 +490,7 @@ def keys_backward(
     """
     call = Call.of(query, key, value, bias, plan, scale)
     dim = max(call.sizes["D"], call.sizes["DV"])
-    config = config or key_config_of(dim, query.element_size())
+    config = config or key_config_of(dim, query.element_size(), bias is not None)
     tiles, groups = plan.batch.shape[0], key.shape[1]
     chunks = cdiv(plan.index.shape[-1] * plan.block, config.chunk)
     if not chunks:
