@@ -10,13 +10,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dynmask.kernels.triton import backward, decode, lower, patterns, prefill, select
+from dynmask.kernels.triton import backward, decode, lower, patterns, prefill, select, worth
 from dynmask.kernels.triton.prefill import config_of
 
 HOPPER = GPUTarget("cuda", 90, 32)
 FLOATS = (
     "Bias", "Lse", "PartOut", "PartTop", "PartSum", "LseSlope", "Delta", "KeyGrad", "ValueGrad",
-    "BiasGrad",
+    "BiasGrad", "Top", "Sum", "Norm", "Worth",
 )  # fmt: skip
 TENSORS = ("Q", "K", "V", "Out", "Slope", "QueryGrad")
 
@@ -117,6 +117,13 @@ def main():
                 "HAS_LSE": True, "UPCAST": False, "PRECISION": "tf32", "STAGES": 4,
             },
         )  # fmt: skip
+    for rows, pack in ((64, 1), (1, 16)):
+        sizes = {
+            "D": 128, "D_PAD": 128, "TILE": rows, "PACK": pack, "STEP": worth.STEP,
+            "UPCAST": False, "PRECISION": "tf32", "WIDE": False,
+        }  # fmt: skip
+        compile_kernel(f"sums of {rows} rows", worth._sum_kernel, sizes)
+        compile_kernel(f"worth to {rows} rows", worth._worth_kernel, sizes)
     chunk = {"CHUNK": select.CHUNK}
     compile_kernel("table", select._table_kernel, {"BUCKET": 2048, "BINS": 2048, **chunk})
     compile_kernel("boundary", select._boundary_kernel, {"BUCKET": 256, "BUCKETS": 128, **chunk})

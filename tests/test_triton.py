@@ -25,6 +25,7 @@ from dynmask.attention import DENSE_KEYS, choose
 from dynmask.kernels import ops
 from dynmask.kernels.cpu import merge
 from dynmask.kernels.select import lifetimes_of_top_w
+from dynmask.kernels.worth import key_worth
 from dynmask.masks.base import repeat_heads
 from tests.conftest import INTERPRETED
 from tests.strategies import (
@@ -729,3 +730,36 @@ def test_auto_takes_the_triton_kernels_where_they_can_run(monkeypatch):
         assert chosen(group[0], window, group[1], bias=group[2]) == "triton"
     monkeypatch.setattr(ops, "has_triton", lambda: False)
     assert chosen(on_gpu(), window) == "cpu"
+
+
+@INTERPRETED
+@given(
+    batch=st.integers(1, 2),
+    groups=st.integers(1, 3),
+    members=st.integers(1, 5),
+    rows=st.integers(1, 70),
+    more=st.integers(0, 300),
+    shared=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_worth_is_that_of_tensor_operations(
+    batch, groups, members, rows, more, shared, dtype, seed
+):
+    g, heads, keys = torch.Generator().manual_seed(seed), groups * members, rows + more
+    query = 3 * torch.randn(batch, rows, heads, 24, generator=g).to(dtype).transpose(1, 2)
+    key = torch.randn(batch, groups, keys, 24, generator=g).to(dtype)
+    window = torch.randint(1, keys + 9, (1 if shared else batch, heads), generator=g)
+    found = ops.key_worth(query, key, window)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, key_worth(query, key, window), atol=2e-6, rtol=1e-5)
+
+
+def test_worth_in_many_chunks_and_to_rows_of_nan(monkeypatch):
+    monkeypatch.setattr("dynmask.kernels.triton.worth.PROGRAMS", 10**6)
+    query, key = torch.randn(1, 2, 130, 16), torch.randn(1, 1, 1100, 16)
+    query[0, 0, 3] = float("nan")
+    window = torch.tensor([[1, 700]])
+    found = ops.key_worth(query, key, window)
+    torch.testing.assert_close(found, key_worth(query, key, window), atol=2e-6, rtol=1e-5)
+    assert (found[0, 1, 1100 - 700 :] == 0).all(), "what is in every row's window is worth nothing"

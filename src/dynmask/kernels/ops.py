@@ -61,6 +61,16 @@ def _lists(like: Tensor, heads: int, tiles: int, cap: int) -> tuple[Tensor, Tens
     return index, full, count
 
 
+@_operator(
+    lambda query, key, window: query.new_empty(*query.shape[:2], key.shape[2], dtype=torch.float32)
+)
+def key_worth(query: Tensor, key: Tensor, window: Tensor) -> Tensor:
+    """What keys are worth to some queries: :func:`dynmask.kernels.triton.worth.key_worth`."""
+    from .triton.worth import key_worth
+
+    return key_worth(query, key, window)
+
+
 @_operator(lambda scores, width: scores.new_empty(scores.shape, dtype=torch.int32))
 def lifetimes(scores: Tensor, width: int) -> Tensor:
     """Lifetimes of the running top w: :func:`dynmask.kernels.triton.select.lifetimes`."""
