@@ -242,6 +242,26 @@ def test_backward_lowers_a_range_of_rows_at_a_time(kind, impl, monkeypatch):
     agree(impl, mask, tensors(mask, 18, precise(impl)))
 
 
+@needs_interpreter
+@pytest.mark.parametrize("kind", ["top-w", "placed", "structural"])
+def test_short_lists_are_kept_for_the_backward(kind, monkeypatch):
+    """Their tiles are the forward's; kept or made again, the gradients are the same bits."""
+    mask, lowered = cut(kind), []
+    lower = ATTENTION._plans
+    monkeypatch.setattr(ATTENTION, "_plans", lambda *a: lowered.append(a) or lower(*a))
+    args = tensors(mask, 5, torch.float32)
+    slopes = slopes_of(mask, 5)
+    found = []
+    for share in (1e9, 0.0):
+        monkeypatch.setattr(ATTENTION, "KEPT_SHARE", share)
+        lowered.clear()
+        found.append(gradients("triton", mask, args, None, slopes))
+        found.append(len(lowered))
+    kept, few, again, more = found
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    assert more == few + 1
+
+
 def test_long_lists_are_computed_in_pieces(monkeypatch):
     monkeypatch.setattr("dynmask.kernels.cpu.KEYS_AT_A_TIME", 16)
     death = torch.randint(0, 120, (2, GROUPS, 100), generator=generator(3)).int()

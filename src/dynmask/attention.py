@@ -16,6 +16,7 @@ from .kernels.autograd import Attend, Work
 from .kernels.cpu import cpu_attention
 from .kernels.reference import reference_attention
 from .masks.base import Mask, repeat_heads
+from .masks.mixed import MixedMask
 from .masks.placed import PlacedMask
 from .plan import Plan
 
@@ -26,6 +27,10 @@ ROWS_AT_A_TIME = 4096
 
 LIST_BYTES = 2**30
 """Key lists that the Triton kernels are given at a time; 4,096 rows at least."""
+
+KEPT_SHARE = 1 / 8
+"""A call that autograd records keeps its key lists for the backward while they take no more than
+this share of the queries' bytes; longer ones are made again."""
 
 DENSE_KEYS = 1024
 """On a GPU, keys up to which a single call of SDPA with the mask written out beats our kernels,
@@ -125,6 +130,8 @@ def attention(
     with torch.autocast(query.device.type, enabled=False):
         if impl == "sdpa":
             return _sdpa(query, key, value, mask, bias, factor, return_lse)
+        if isinstance(mask, MixedMask) and impl != "reference":
+            return _by_parts(query, key, value, mask, bias, factor, return_lse, impl, deterministic)
         if impl != "reference" and _wants_grad(query, key, value, bias):
             work = _work(query, mask, factor, impl, deterministic)
             out, lse = Attend.apply(query, key, value, bias, work)
@@ -144,12 +151,30 @@ def _work(query: Tensor, mask: Mask | Plan, factor: float, impl: str, determinis
     members = query.shape[1] // max(mask.heads, 1)
     plans = partial(_triton_plans, mask, members, deterministic)
     key_plans = None
+    kept: list[Plan] | None = None if torch.compiler.is_compiling() else []
     if isinstance(mask, Mask):
         tile = mask.backward_tile(members)
         if tile != mask.preferred_tile(fused=True, members=members):
             key_plans = partial(plans, tile)
-    forward = partial(_triton, mask=mask, factor=factor, return_lse=True)
+    forward = partial(_triton, mask=mask, factor=factor, return_lse=True, kept=kept)
+    plans = partial(plans, kept=kept)
     return Work(forward, plans, key_plans, True, mask.heads, holes, factor)
+
+
+def _by_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: MixedMask,
+    *rest: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute each part of a mixed mask by itself, and take each head from its own part."""
+    call: Any = attention  # the type of its result depends on return_lse
+    found = [call(query, key, value, part, *rest) for part in mask.parts]
+    if isinstance(found[0], Tensor):
+        return mask.pick(found)
+    outs, norms = zip(*found, strict=True)
+    return mask.pick(list(outs)), mask.pick(list(norms))
 
 
 def _by_ranges(
@@ -240,9 +265,14 @@ def _triton(
     mask: Mask | Plan,
     factor: float,
     return_lse: bool,
+    kept: list[Plan] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Lower and compute by the Triton kernels, as many rows at a time as ``LIST_BYTES`` hold."""
+    """Lower and compute by the Triton kernels, as many rows at a time as ``LIST_BYTES`` hold.
+
+    Plans that are small beside the queries are left in ``kept`` for the backward.
+    """
     shape = (*query.shape[:3], value.shape[-1])
+    room = query.nbytes * KEPT_SHARE
     # a plan and placed sequences may leave rows out, every other mask has a tile for each row
     holes = isinstance(mask, Plan | PlacedMask)
     out = query.new_zeros(shape) if holes else query.new_empty(shape)
@@ -255,6 +285,11 @@ def _triton(
             plan.rows, plan.position, plan.death, plan.bits, plan.tile, plan.block, plan.even,
             factor, out, lse,
         )  # fmt: skip
+        room -= plan.nbytes
+        if kept is not None and room >= 0:
+            kept.append(plan)
+    if kept is not None and room < 0:
+        kept.clear()  # all of them or none
     return out if lse is None else (out, lse)
 
 
@@ -265,14 +300,18 @@ def _cpu_plans(mask: Mask | Plan, queries: int) -> Iterator[tuple[Plan, int]]:
 
 
 def _triton_plans(
-    mask: Mask | Plan, members: int, deterministic: bool, tile: int | None = None
+    mask: Mask | Plan,
+    members: int,
+    deterministic: bool,
+    tile: int | None = None,
+    kept: list[Plan] | None = None,
 ) -> Iterator[tuple[Plan, int]]:
-    """The plans of a call of the Triton kernels, as backward takes them.
+    """The plans of a call of the Triton kernels, as backward takes them; those of ``kept`` if any.
 
     Tiles of one batch row may share keys; a mask's own plans have as many for each batch row.
     """
     alike = not isinstance(mask, Plan | PlacedMask)
-    for plan in _plans(mask, members, tile):
+    for plan in kept or _plans(mask, members, tile):
         launches = plan.tiles // plan.shape[0] if alike else plan.tiles
         yield plan, launches if deterministic else 0
 

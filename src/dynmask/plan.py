@@ -75,6 +75,13 @@ class Plan:
         return self.index.shape[1]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the lists and their rules; lifetimes belong to the mask."""
+        tensors = (self.batch, self.row, self.rows, self.position, self.index, self.full,
+                   self.count, self.bits)  # fmt: skip
+        return sum(x.nbytes for x in tensors if x is not None)
+
+    @property
     def device(self) -> torch.device:
         """Device of the lists."""
         return self.index.device

@@ -3,6 +3,7 @@
 from .base import Mask
 from .block import BlockMask
 from .lifetime import LifetimeMask
+from .mixed import MixedMask
 from .placed import PlacedMask, Span, spans_left_padded, spans_packed, spans_right_padded
 from .structural import StructuralMask
 from .union import UnionMask
@@ -11,6 +12,7 @@ __all__ = [
     "BlockMask",
     "LifetimeMask",
     "Mask",
+    "MixedMask",
     "PlacedMask",
     "Span",
     "StructuralMask",
