@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--max-kl", type=float, nargs="+", default=[0.02])
     parser.add_argument("--lengths", type=int, nargs="+", default=[4_096, 16_384])
     parser.add_argument("--documents", type=int, default=4, help="of each length")
+    parser.add_argument("--blocks", action="store_true", help="offer key blocks after columns")
     parser.add_argument("--pool", type=int, default=1)
     parser.add_argument("--least", type=float, default=1e-3)
     parser.add_argument("--characters", type=int, default=12_000_000, help="of text")
@@ -79,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dynmask.budgets import BUDGETS, GatedSettings, calibrate_gates
+    from dynmask.budgets import BUDGETS, COLUMN_BUDGETS, GatedSettings, calibrate_gates
 
     if options.smoke:
         options.lengths, options.documents, options.characters = [384], 2, 400_000
@@ -92,10 +93,11 @@ def main() -> None:
         options.characters, options.characters // 6, len(tokenizer), tokenizer.backend_tokenizer
     )
     texts, judged = documents(Author(corpus), options.lengths, options.documents, options.seed)
+    budgets = BUDGETS if options.blocks else COLUMN_BUDGETS
     for allowed in options.max_kl:
         settings = GatedSettings(
             max_kl=allowed, least=options.least, pool=options.pool,
-            budgets=BUDGETS[-2:] if options.smoke else BUDGETS,
+            budgets=budgets[-2:] if options.smoke else budgets,
         )  # fmt: skip
         out = options.out
         if len(options.max_kl) > 1:
@@ -120,12 +122,12 @@ def report(card: Any, seconds: float, out: Path) -> None:
           f"{header['settings']['allowed']:g}, {header['trials']} trials, "
           f"{seconds:.0f} s")  # fmt: skip
     tensors = card.tensors
-    for layer, (windows, columns) in enumerate(
-        zip(tensors["window"].tolist(), tensors["columns"].tolist(), strict=True)
-    ):
+    block = header["settings"]["block"]
+    tables = (tensors[name].tolist() for name in ("window", "columns", "blocks"))
+    for layer, numbers in enumerate(zip(*tables, strict=True)):
         maps = [
-            "dense" if w == LifetimeMask.INF else f"{w}+{c}"
-            for w, c in zip(windows, columns, strict=True)
+            "dense" if w == LifetimeMask.INF else f"{w}+{b}x{block}" if b else f"{w}+{c}"
+            for w, c, b in zip(*numbers, strict=True)
         ]
         print(f"  layer {layer}: " + "  ".join(f"{text:>9}" for text in maps))
 

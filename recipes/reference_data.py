@@ -577,21 +577,25 @@ class Author:
                 size = int(room * rng.uniform(0.3, 0.75))
             goal = len(self.ids) + size
             self.add([BOS], NOTHING)
-            kind = rng.random()
-            if kind < 0.2:
-                self.plain(rng, goal)
-            elif kind < 0.2 + self.share:
-                self.facts(rng, goal)
-            elif kind < 0.23 + self.share and size < 2500:
-                self.copies(rng, goal)
-            elif rng.random() < 0.5:
-                self.interleaved(rng, goal)
-            else:
-                self.asked_at_end(rng, goal)
+            self.document(rng, goal, size)
             self.cut(goal)
         ids = np.array(self.ids[:length], dtype=np.uint16)
         lengths, classes = zip(*self.spans, strict=True)
         return ids, np.repeat(np.array(classes, np.uint8), lengths)[:length]
+
+    def document(self, rng: random.Random, goal: int, size: int) -> None:
+        """Append one document of about ``size`` tokens up to ``goal``; its first token is there."""
+        kind = rng.random()
+        if kind < 0.2:
+            self.plain(rng, goal)
+        elif kind < 0.2 + self.share:
+            self.facts(rng, goal)
+        elif kind < 0.23 + self.share and size < 2500:
+            self.copies(rng, goal)
+        elif rng.random() < 0.5:
+            self.interleaved(rng, goal)
+        else:
+            self.asked_at_end(rng, goal)
 
     def add(self, ids: list[int], kind: int) -> None:
         """Append tokens of one loss class."""

@@ -23,7 +23,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -226,6 +226,8 @@ class Trainer:
     so it is compiled once for all sequence lengths; attention is one call without a mask.
     """
 
+    class_weights: Sequence[float] = CLASS_WEIGHTS
+
     def __init__(self, model: LlamaForCausalLM, recipe: Recipe, compiled: bool) -> None:
         self.model, self.recipe = model, recipe
         self.device = model.device
@@ -234,7 +236,7 @@ class Trainer:
         self.before, self.after, self.losses = map(
             wrap, (before_attention, after_attention, losses)
         )
-        self.weights = torch.tensor(CLASS_WEIGHTS, device=self.device)
+        self.weights = torch.tensor(self.class_weights, device=self.device)
         self.tables: dict[int, tuple[Tensor, Tensor]] = {}
         self.backends: dict[int, SDPBackend | None] = {}
 
@@ -324,8 +326,17 @@ class Trainer:
         )  # fmt: skip
         weights = self.weights[kinds]
         rows = torch.stack((torch.ones_like(each), each.detach(), right.float()), dim=1)
-        counts = torch.zeros(len(CLASS_WEIGHTS), 3, device=x.device).index_add_(0, kinds, rows)
+        counts = torch.zeros(len(self.weights), 3, device=x.device).index_add_(0, kinds, rows)
         return (each * weights).sum() / weights.sum(), counts
+
+    @staticmethod
+    def figures(length: int, table: Tensor) -> dict[str, float]:
+        """Return what the log says about a length, from its counts as ``loss`` returns them."""
+        amount, summed, right = table.T.tolist()
+        return {
+            f"answers_{length}": round(right[4] / max(amount[4], 1), 4),
+            f"text_loss_{length}": round(summed[3] / max(amount[3], 1), 4),
+        }
 
 
 def new_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
@@ -417,16 +428,26 @@ def load_corpus(folder: Path) -> Corpus:
 
 
 def train(
-    recipe: Recipe, corpus: Corpus, batches: Batches, out: Path, device: str, options: Any
+    recipe: Recipe,
+    corpus: Corpus,
+    batches: Batches,
+    out: Path,
+    device: str,
+    options: Any,
+    kind: type[Trainer] = Trainer,
+    phase: int | None = None,
 ) -> LlamaForCausalLM:
-    """Train, write ``training.jsonl`` and checkpoints, and return the model."""
+    """Train, write ``training.jsonl`` and checkpoints, and return the model.
+
+    ``phase`` is the number that the log gives this phase; by default 2 on a trained model, else 1.
+    """
     model = new_model(recipe)
     if options.start:
         trained = AutoModelForCausalLM.from_pretrained(options.start, dtype=torch.float32)
         model.load_state_dict(trained.state_dict())
     model = model.to(device)
     optimizer = new_optimizer(model, recipe)
-    trainer = Trainer(model, recipe, options.compile)
+    trainer = kind(model, recipe, options.compile)
     checkpoint, log = out / "work" / "checkpoint.safetensors", out / "training.jsonl"
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0}
     if options.resume and checkpoint.is_file():
@@ -479,14 +500,12 @@ def train(
             finished = seconds >= total or step >= options.steps
             if seconds - logged >= options.log_seconds or finished or step in (1, 2, 5, 10, 20):
                 row = {
-                    "phase": 2 if options.start else 1, "step": step,
+                    "phase": phase or (2 if options.start else 1), "step": step,
                     "seconds": round(seconds, 1), "tokens": state["tokens"],
                     "lr": round(rate, 6), "loss": round(value, 4),
                 }  # fmt: skip
                 for size, table in sorted(counts.items()):
-                    amount, summed, right = table.T.tolist()
-                    row[f"answers_{size}"] = round(right[4] / max(amount[4], 1), 4)
-                    row[f"text_loss_{size}"] = round(summed[3] / max(amount[3], 1), 4)
+                    row |= trainer.figures(size, table)
                 with open(log, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 bar.set_postfix_str(
