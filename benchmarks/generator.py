@@ -87,8 +87,15 @@ def spread(policy: Gated, layers: int, heads: int) -> Gated:
     assert gates is not None
     of_layer = torch.arange(layers) * gates.window.shape[0] // layers
     of_head = torch.arange(heads) * gates.window.shape[1] // heads
-    tables = {f.name: getattr(gates, f.name)[of_layer][:, of_head].clone() for f in fields(gates)}
-    return replace(policy, gates=type(gates)(**tables), least=0.0)
+
+    def wide(table: Tensor) -> Tensor:
+        return table[of_layer][:, of_head].clone()
+
+    spread_gates = type(gates)(**{f.name: wide(getattr(gates, f.name)) for f in fields(gates)})
+    promise = None if policy.promise is None else wide(policy.promise)
+    # attention of random inputs keeps no promise: the guard looks, and lets everything pass
+    guard = None if policy.guard is None else 1.0
+    return replace(policy, gates=spread_gates, promise=promise, guard=guard, least=0.0)
 
 
 def attend(policy: Gated, keys: int, device: torch.device, rounds: int) -> list[Row]:

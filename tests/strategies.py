@@ -4,6 +4,7 @@ import torch
 from hypothesis import strategies as st
 
 from dynmask import BlockMask, LifetimeMask, PlacedMask, Span, StructuralMask
+from dynmask.masks import MixedMask
 from dynmask.masks.base import repeat_heads
 
 HEADS, GROUPS = 4, 2
@@ -80,16 +81,26 @@ def simple_masks(draw, batch=None, size=None, most=150):
 @st.composite
 def masks(draw, most=150):
     """A mask of any kind: simple, limited, united, or sequences placed in one batch."""
-    form = draw(st.sampled_from(["simple", "limited", "united", "placed"]))
+    form = draw(st.sampled_from(["simple", "limited", "united", "placed", "mixed"]))
     if form == "placed":
         return draw(placed_masks(min(most, 60)))
     mask = draw(simple_masks(most=most))
-    if form == "limited":
+    if form == "mixed":
+        mask = draw(mixed_masks(mask))
+    if form == "limited" or (form == "mixed" and draw(st.booleans())):
         width = draw(st.integers(1, mask.keys + 3))
         mask = mask & LifetimeMask.window(mask.keys, width, mask.queries)
     if form == "united":
         mask = mask | draw(simple_masks(mask.batch, (mask.keys, mask.queries)))
     return mask
+
+
+@st.composite
+def mixed_masks(draw, mask):
+    """Heads that read by ``mask``, and heads that read by another one."""
+    other = draw(simple_masks(mask.batch, (mask.keys, mask.queries)))
+    of = draw(st.lists(st.integers(0, 1), min_size=HEADS, max_size=HEADS))
+    return MixedMask((mask, other), tuple(of))
 
 
 @st.composite
@@ -105,6 +116,8 @@ def placed_masks(draw, most=60):
         start += n + gap
     total = max(s.key_stop for s in spans) + gap
     own = [draw(simple_masks(1, (n, n))) for n in lengths]
+    if draw(st.booleans()):
+        own[0] = draw(mixed_masks(own[0]))
     return PlacedMask(own, spans, 1 if packed else count, total, total)
 
 

@@ -1,6 +1,7 @@
 """The encoder: summaries, the estimate without training, the teacher, the loss, the module."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -8,16 +9,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dynmask
+from dynmask import Budget, GatedSettings, MaskCard
+from dynmask.budgets import COLUMN_BUDGETS, calibrate_gates
+from dynmask.card import describe_model
 from dynmask.encoder import (
     BlockEncoder,
     BlockSummary,
     block_effects,
     block_estimate,
+    block_masses,
     encoder_loss,
     encoder_loss_of,
 )
+from dynmask.encoder_training import EncoderTraining
 from dynmask.masks.base import repeat_heads
+from dynmask.policies import Gated, Layer
 from dynmask.retention import LATE_ROWS
+from tests.tiny import tiny_llama
 
 BLOCK, QUERY_POOL, KEY_POOL = 8, 4, 2
 POOLS = {"query_pool": QUERY_POOL, "key_pool": KEY_POOL}
@@ -267,6 +276,17 @@ def test_grouped_heads_are_repeated_heads_and_a_batch_is_each_alone():
         torch.testing.assert_close(encoder(query[own], key[own]), found[own])
 
 
+@pytest.mark.parametrize("heads", [[0, 1], [3], [0, 2], [2, 3], [1, 0, 3, 2]])
+def test_the_encoder_of_some_heads_scores_as_the_whole_one(heads):
+    query, key, _ = tensors(29, 21)
+    encoder = make_encoder()
+    part = encoder.of_heads(heads)
+    groups = list(dict.fromkeys(head // 2 for head in heads))
+    found = part(query[:, heads], key[:, groups], 3, scale=0.7)
+    torch.testing.assert_close(found, encoder(query, key, 3, scale=0.7)[:, heads])
+    assert encoder.of_query.requires_grad and not any(p.requires_grad for p in part.parameters())
+
+
 def test_later_keys_and_values_change_nothing():
     query, key, value = tensors(40, 40)
     encoder, some = make_encoder(), torch.tensor([0, 2])
@@ -363,6 +383,8 @@ def test_effects_are_their_definition(case):
     found = block_effects(query, key, value, BLOCK, some, 0.7, first_key=first_key)
     torch.testing.assert_close(found, tuple(x[:, :, some] for x in expected))
     torch.testing.assert_close(found[1].sum(-1), torch.ones_like(found[1].sum(-1)))
+    masses = block_masses(query, key, BLOCK, some, 0.7, first_key=first_key)
+    torch.testing.assert_close(masses, found[1])
 
 
 def test_a_block_with_the_values_of_the_output_has_no_effect_whatever_its_mass():
@@ -447,6 +469,12 @@ def test_the_loss_of_an_encoder_is_that_of_its_scores_when_every_block_is_drawn(
     effects, _ = effects_by_definition(query, key, value, 3, 0.7)
     expected = encoder_loss(encoder(query, key, 3, scale=0.7), effects)
     torch.testing.assert_close(loss, expected)
+    some = {"query_blocks": 50, "scale": 0.7, "first_key": 3}
+    loss = encoder_loss_of(encoder, query, key, value, teacher="mass", **some)
+    _, masses = effects_by_definition(query, key, value, 3, 0.7)
+    torch.testing.assert_close(loss, encoder_loss(encoder(query, key, 3, scale=0.7), masses))
+    with pytest.raises(ValueError, match="teacher: expected 'effect' or 'mass'"):
+        encoder_loss_of(encoder, query, key, value, teacher="mas")
 
 
 @pytest.mark.parametrize("queries", [32, 24, 11])
@@ -500,3 +528,225 @@ def test_drawn_query_blocks_are_distinct_in_range_and_partly_late():
     for message, arguments in (("query_blocks >= 1", {"query_blocks": 0}), ("late", {"late": 2})):
         with pytest.raises(ValueError, match=message):
             encoder_loss_of(make_encoder(), *tensors(40, 40), **arguments)
+
+
+# training on a frozen model
+
+SETTINGS = GatedSettings(
+    max_kl=5.0, budgets=(Budget(4), Budget(16, blocks=2)), judged=8, sinks=1, last=8, block=BLOCK,
+    encoder=True, rank=2, steps=12, rate=3e-3, lessons=8, **POOLS,
+)  # fmt: skip
+
+
+def documents(*lengths):
+    """Repeated pieces, so that there is something far away to look for."""
+    g = torch.Generator().manual_seed(3)
+    piece = torch.randint(2, 200, (17,), generator=g)
+    return [piece.repeat(n // 17 + 1)[:n].roll(i) for i, n in enumerate(lengths)]
+
+
+def training(model, settings=SETTINGS, given=(90, 80, 100)):
+    return EncoderTraining(model, documents(*given), settings, 0, describe_model(model))
+
+
+def parameters(lessons):
+    return [p.detach().clone() for e in lessons.encoders for p in e.parameters()]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+def test_training_lowers_the_loss_of_every_layer_and_touches_nothing_else(model):
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    long = GatedSettings(**{**vars(SETTINGS), "steps": 40, "rate": 0.01})
+    lessons = training(model, long, (200, 150, 180, 170, 160))
+    start = parameters(lessons)
+    rng = torch.get_rng_state()
+    lessons.run(None, None, False)
+    encoders, figures = lessons.judge()
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert len(lessons.held_out) == 1 and len(lessons.taught) == 4
+    for encoder, (plain, trained), kept in zip(
+        encoders, figures["loss"], figures["kept"], strict=True
+    ):
+        assert kept and trained < plain - 0.005
+        assert (encoder.gain == 1).all() and not encoder.of_query.requires_grad
+    moved = [not torch.equal(a, b) for a, b in zip(start, parameters(lessons), strict=True)]
+    assert moved == [False, True, True] * 2  # the gain is left alone
+
+
+def test_layers_learn_alone(model):
+    """What one layer's encoder learns does not depend on whether another learns."""
+    whole, alone = training(model), training(model)
+    whole.run(None, None, False)
+    alone.encoders[0].of_key.register_hook(torch.zeros_like)
+    alone.encoders[0].of_query.register_hook(torch.zeros_like)
+    alone.run(None, None, False)
+    found, other = parameters(whole), parameters(alone)
+    assert not torch.equal(found[2], other[2])
+    assert all(torch.equal(a, b) for a, b in zip(found[3:], other[3:], strict=True))
+
+
+def test_an_encoder_that_foretells_no_better_is_not_kept(model):
+    lessons = training(model)
+    with torch.no_grad():
+        lessons.encoders[1].of_key.normal_(std=30)
+    encoders, figures = lessons.judge()
+    assert encoders == (None, None) and figures["kept"] == [False, False]
+    (same, untrained), (plain, worse) = figures["loss"]
+    assert same == untrained and worse > plain
+
+
+def test_a_training_that_was_interrupted_goes_on_as_if_it_was_not(model, tmp_path, monkeypatch):
+    expected = training(model)
+    expected.run(None, None, False)
+    path, learn = tmp_path / "state", EncoderTraining._learn
+
+    def interrupted(self, teacher):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        learn(self, teacher)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EncoderTraining, "_learn", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            training(model).run(path, {"run": 1}, False)
+    again = training(model)
+    again.run(path, {"run": 1}, False)
+    assert again.step == 12
+    pairs = zip(parameters(expected), parameters(again), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    done = training(model)
+    monkeypatch.setattr(EncoderTraining, "_learn", lambda *given: pytest.fail("learned again"))
+    done.run(path, {"run": 1}, False)
+    assert torch.equal(parameters(done)[2], parameters(again)[2])
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match="which is of another run"):
+        training(model).run(path, {"run": 2}, False)
+    assert path.read_bytes() == content
+    path.write_text("something else")
+    with pytest.raises(ValueError, match="cannot be read"):
+        training(model).run(path, {"run": 1}, False)
+    assert path.read_text() == "something else"
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "message"),
+    [
+        ({"rank": 40}, (90, 90), "encoders of at most 1% of the model's .* received rank 40"),
+        ({}, (90, 31), "two of 32 tokens at least"),
+        ({"budgets": COLUMN_BUDGETS}, (90, 90), "a budget with blocks"),
+        ({"rank": 0}, (90, 90), "rank: expected a whole number"),
+        ({"steps": 2.0}, (90, 90), "steps: expected a whole number"),
+        ({"teacher": "gain"}, (90, 90), "'mass' or 'effect'"),
+        ({"encoder": 1}, (90, 90), "True or False"),
+        ({"rate": 0}, (90, 90), "rate: expected a number above 0"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_model_runs(
+    model, settings, given, message, monkeypatch
+):
+    monkeypatch.setattr(EncoderTraining, "run", lambda *given: pytest.fail("trained first"))
+    with pytest.raises(ValueError, match=message):
+        wanted = GatedSettings(**{**vars(SETTINGS), **settings})
+        calibrate_gates(model, documents(*given), wanted, progress=False)
+
+
+@pytest.fixture(scope="module")
+def card(model):
+    return calibrate_gates(model, documents(90, 80, 100), SETTINGS, progress=False)
+
+
+def test_a_card_holds_the_encoders_and_gives_them_back(model, card, tmp_path):
+    assert card.header["encoder"]["kept"] == [True, True]
+    path = card.save_pretrained(tmp_path / "card")
+    again = MaskCard.from_pretrained(path.parent)
+    first, second = card.policy().encoders, again.policy().encoders
+    lessons = training(model)
+    lessons.run(None, None, False)
+    for layer in range(2):
+        for name, parameter in lessons.encoders[layer].state_dict().items():
+            for encoders in (first, second):
+                assert torch.equal(encoders[layer].state_dict()[name], parameter)
+    count = sum(p.numel() for e in second for p in e.parameters())
+    assert count < 0.01 * sum(p.numel() for p in model.parameters())
+    with dynmask.sparsify(model, again.policy(guard=None)), torch.no_grad():
+        assert torch.isfinite(model(documents(90)[0][None]).logits).all()
+
+
+def test_a_calibration_interrupted_while_it_trains_comes_to_the_same_card(
+    model, card, tmp_path, monkeypatch
+):
+    path, learn = tmp_path / "state.json", EncoderTraining._learn
+
+    def interrupted(self, teacher):
+        if self.step == 7:
+            raise KeyboardInterrupt
+        learn(self, teacher)
+
+    model.train()
+    given = model, documents(90, 80, 100), SETTINGS
+    with monkeypatch.context() as patch:
+        patch.setattr(EncoderTraining, "_learn", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate_gates(*given, checkpoint=path, progress=False)
+    assert model.training and (tmp_path / "state.json.encoder").exists()
+    again = calibrate_gates(*given, checkpoint=path, progress=False)
+    model.eval()
+    assert again.header["encoder"] == card.header["encoder"]
+    assert again.header["kl"] == card.header["kl"]
+    assert all(torch.equal(again.tensors[name], x) for name, x in card.tensors.items())
+
+
+def test_maps_choose_the_blocks_that_their_encoder_scores_best():
+    query, key, value = tensors(90, 90)
+    encoder = make_encoder()
+    gates = dict(sinks=0, window=1, columns=0, blocks=2, block=BLOCK, **POOLS)
+    mask = Gated(**gates, encoders=(encoder,))(query, key, value, Layer(0))
+    scores = encoder(query, key)
+    own = torch.eye(12).bool()
+    best = scores.masked_fill(own, -math.inf).topk(2, -1)
+    expected = own.expand_as(scores).clone()
+    expected.scatter_(-1, best.indices, best.values > -math.inf)
+    expected |= own
+    blocks = mask.dense()[:, :, 7:-2:8].unflatten(-1, (-1, 90))[..., 0, :]
+    found = torch.nn.functional.pad(blocks, (0, 6)).unflatten(-1, (12, 8)).any(-1)
+    assert torch.equal(found, expected[:, :, :11])
+    plain = Gated(**gates)(query, key, value, Layer(0))
+    assert not torch.equal(plain.dense(), mask.dense())
+    with pytest.raises(ValueError, match="encoders for 2 layers of 4 heads"):
+        Gated(**gates, encoders=(encoder,)).check(2, 4, 2)
+    with pytest.raises(ValueError, match="encoders for 1 layers of 8 heads"):
+        Gated(**gates, encoders=(encoder,)).check(1, 8, 2)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda t, h: t.pop("layers.1.of_key"),
+        lambda t, h: t.update({"layers.2.of_key": t["layers.1.of_key"].clone()}),
+        lambda t, h: t.update({"layers.1.of_key": t["layers.1.of_key"][..., :1].contiguous()}),
+        lambda t, h: t["layers.0.of_query"].fill_(math.nan),
+        lambda t, h: h["settings"].update(rank=10**12),
+        lambda t, h: h["settings"].update(rank="2"),
+        lambda t, h: h["settings"].update(encoder=False),
+        lambda t, h: h["settings"].update(block=9),
+        lambda t, h: h["model"].update(head_dim=10**12),
+        lambda t, h: h.pop("encoder"),
+        lambda t, h: h["encoder"].update(kept=[True]),
+        lambda t, h: h["encoder"].update(kept=[1, 1]),
+        lambda t, h: h["encoder"].update(kept="ab"),
+        lambda t, h: h["encoder"].update(loss=[[1.0, -1.0]] * 2),
+        lambda t, h: h["encoder"].update(loss=[[1.0]] * 2),
+    ],
+)
+def test_damaged_cards_with_encoders_are_refused(card, damage):
+    held = {name: tensor.clone() for name, tensor in card.tensors.items()}
+    header = json.loads(json.dumps(card.header))
+    damage(held, header)
+    with pytest.raises(ValueError, match="mask card"):
+        MaskCard(header, held)

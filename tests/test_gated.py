@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dynmask
-from dynmask import Budget, GatedSettings, LifetimeMask, MaskCard
+from dynmask import BlockMask, Budget, GatedSettings, LifetimeMask, MaskCard
 from dynmask.budgets import Judge, calibrate_gates, choose_gates, digest_of
+from dynmask.encoder import block_estimate
+from dynmask.masks import MixedMask
 from dynmask.masks.base import repeat_heads
 from dynmask.policies import Gated, parse
 from dynmask.policies.base import Layer
-from dynmask.policies.gated import Gates
+from dynmask.policies.gates import Gates
+from dynmask.policies.kept import kept_mass, sampled_rows
 from tests.tiny import tiny_llama, tiny_qwen3
 
 INF = LifetimeMask.INF
@@ -29,10 +33,11 @@ def tensors(keys, queries, batch=2, heads=4, groups=2, dim=8, seed=0):
     )
 
 
-def gates_of(window, columns, share=None):
+def gates_of(window, columns, share=None, blocks=None):
     window = torch.tensor(window, dtype=torch.int32)
     share = torch.zeros(window.shape) if share is None else torch.tensor(share)
-    return Gates(window, torch.tensor(columns, dtype=torch.int32), share)
+    blocks = torch.zeros(window.shape).int() if blocks is None else torch.tensor(blocks).int()
+    return Gates(window, torch.tensor(columns, dtype=torch.int32), share, blocks)
 
 
 def naive(policy, query, key, window, columns, first_key=0):
@@ -106,8 +111,8 @@ def test_pooling_reads_the_neighbours_of_what_is_looked_at():
 
 def test_columns_grow_with_the_input_by_their_share():
     gates = gates_of([[4, 4]], [[3, 3]], [[0.0, 0.25]])
-    assert gates.counts(0, 40) == [3, 13]
-    assert gates.counts(0, 8) == [3, 5]
+    assert gates.of(0, 40, 8)[1].tolist() == [3, 13]
+    assert gates.of(0, 8, 8)[1].tolist() == [3, 5]
     query, key, value = tensors(40, 40, heads=2)
     mask = Gated(sinks=0, least=0.0, gates=gates)(query, key, value, Layer(0))
     lasting = (mask.death == INF).sum(-1)
@@ -146,6 +151,411 @@ def test_gates_of_another_model_are_refused():
     policy = Gated(gates=Gates.full(3, 4))
     with pytest.raises(ValueError, match="gates for 2 layers of 4 heads"):
         dynmask.sparsify(tiny_llama(), policy)
+
+
+@pytest.mark.parametrize("spec", ["gated:colums=3", "gated:columns=3,windw=9"])
+def test_a_misspelt_field_is_told_as_one_and_a_path_as_a_path(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="policy gated: expected fields sinks, window, .* receiv"):
+        parse(spec)
+    (tmp_path / spec.partition(":")[2]).write_text("a file of this name is a card, if a bad one")
+    for there in (spec, "gated:runs/colums=3", "gated:cards"):
+        with pytest.raises(ValueError, match="mask card: expected"):
+            parse(there)
+
+
+# ---------------------------------------------------------------------------------- blocks of keys
+
+BLOCK = {"block": 8, "query_pool": 4, "key_pool": 2}
+
+
+def naive_blocks(scores, keys, queries, window, sinks, blocks):
+    """The rule of one map that chooses blocks, by scores [blocks, blocks]: bool [queries, keys]."""
+    seen = torch.zeros(queries, keys, dtype=torch.bool)
+    for q in range(keys - queries, keys):
+        number = q // 8
+        first = max(number * 8, keys - queries)  # the block's first row that is there
+        anyway = {k // 8 for k in range(first + 1) if k > first - window or k < sinks} | {number}
+        rest = [j for j in range(number + 1) if j not in anyway]
+        row = scores[number - (keys - queries) // 8]
+        chosen = sorted(rest, key=lambda j: -float(row[j]))[:blocks]
+        for k in range(q + 1):
+            seen[q - keys + queries, k] = k // 8 in anyway or k // 8 in chosen
+    return seen
+
+
+@given(
+    keys=st.integers(1, 90),
+    queries=st.integers(1, 90),
+    sinks=st.integers(0, 9),
+    seed=st.integers(0, 99),
+)
+def test_maps_of_several_kinds_read_what_each_alone_would(keys, queries, sinks, seed):
+    queries = min(queries, keys)
+    query, key, value = tensors(keys, queries, seed=seed)
+    kinds = [([3, 7, 1, 9], [2, 0, 0, 5], [0, 2, 3, 0]), ([3, 7, 1, 9], [0] * 4, [1, 2, 3, 1])]
+    window, columns, blocks = kinds[seed % 2]
+    gates = gates_of([window], [columns], blocks=[blocks])
+    policy = Gated(sinks=sinks, last=5, least=1e-4, gates=gates, **BLOCK)
+    mask = policy(query, key, value, Layer(0))
+    found = repeat_heads(mask.expand(2).dense(), 4)
+    scores = block_estimate(query, key, **BLOCK)
+    wide = repeat_heads(key, 4)
+    for b in range(2):
+        for h in range(4):
+            if blocks[h]:
+                args = keys, queries, window[h], sinks, blocks[h]
+                expected = naive_blocks(scores[b, h], *args)
+            else:
+                expected = naive(policy, query[b, h], wide[b, h], window[h], columns[h])
+            assert torch.equal(found[b, h], expected), (b, h)
+    out = dynmask.attention(query, key, value, mask)
+    torch.testing.assert_close(out, dynmask.attention(query, key, value, mask, impl="reference"))
+    if isinstance(mask, MixedMask):  # nothing is computed for heads of the other kind
+        for number, part in enumerate(mask.parts):
+            others = [head for head in range(4) if mask.of[head] != number]
+            assert not part.dense()[:, others].any()
+
+
+def test_a_layer_of_blocks_alone_is_a_block_mask_and_one_that_reads_all_is_causal():
+    query, key, value = tensors(90, 90)
+    gates = gates_of([[9, 9, 5, 5]], [[0] * 4], blocks=[[2, 3, 2, 1]])
+    mask = Gated(sinks=2, gates=gates, **BLOCK)(query, key, value, Layer(0))
+    assert isinstance(mask, BlockMask) and int((mask.index >= 0).sum(-1).max()) == 6
+    every = gates_of([[9, 9, 5, 90]], [[0] * 4], blocks=[[11, 12, 99, 0]])
+    assert Gated(sinks=2, gates=every, **BLOCK)(query, key, value, Layer(0)).is_causal
+    alike = Gated(sinks=2, window=9, columns=0, blocks=2, **BLOCK)(query, key, value, Layer(0))
+    assert torch.equal(alike.dense()[:, 0], mask.dense()[:, 0])
+
+
+@pytest.mark.parametrize("window", [1, 2, 8, 9, 16, 17, 30])
+@pytest.mark.parametrize("queries", [1, 7, 83, 90])
+def test_no_list_of_blocks_is_longer_than_it_is_said_to_be(window, queries, monkeypatch):
+    """On a GPU lists have the length that is announced, and what is beyond is lost."""
+    said, real = [], BlockMask.from_scores
+
+    def spy(*given):
+        said.append(given[-1])
+        return real(*given)
+
+    monkeypatch.setattr(BlockMask, "from_scores", spy)
+    query, key, value = tensors(90, queries)
+    policy = Gated(sinks=9, window=window, columns=0, blocks=3, **BLOCK)
+    mask = policy(query, key, value, Layer(0))
+    longest = int((mask.index >= 0).sum(-1).max())
+    assert longest <= said[0] <= longest + 2
+
+
+def test_blocks_grow_with_the_input_by_their_share():
+    gates = gates_of([[4, 4]], [[0, 3]], [[0.1, 0.1]], [[2, 0]])
+    assert [x.tolist() for x in gates.of(0, 160, 8)] == [[4, 4], [0, 19], [4, 0]]
+    assert [x.tolist() for x in gates.of(0, 8, 8)] == [[4, 4], [0, 3], [1, 0]]
+
+
+def test_few_scores_at_a_time_choose_the_same_blocks(monkeypatch):
+    query, key, value = tensors(90, 85)
+    gates = gates_of([[9, 9, 5, 5]], [[0, 4, 0, 0]], blocks=[[2, 0, 2, 1]])
+    policy = Gated(sinks=2, gates=gates, **BLOCK)
+    before = policy(query, key, value, Layer(0)).dense()
+    monkeypatch.setattr("dynmask.policies.blocks.WEIGHTS_AT_A_TIME", 40)
+    assert torch.equal(policy(query, key, value, Layer(0)).dense(), before)
+
+
+def test_sinks_that_a_cache_has_dropped_are_no_blocks():
+    query, key, value = tensors(40, 1, batch=1)
+    policy = Gated(sinks=9, window=3, columns=0, blocks=1, **BLOCK)
+    blocks = [
+        policy(query, key, value, Layer(0, first_key=first)).dense()[0, 0, 0].unflatten(0, (5, 8))
+        for first in (0, 4, 9)
+    ]
+    assert [int(x.any(1).sum()) for x in blocks] == [4, 3, 2]
+
+
+def test_a_map_of_blocks_is_widened_by_the_guard_and_dense_as_blocks():
+    query, key, value = tensors(200, 150)
+    gates = gates_of([[4, 4, 5, 5]], [[0, 3, 0, 0]], blocks=[[1, 0, 1, 2]])
+    promise = torch.tensor([[1.0, 0.0, 0.7, 0.0]])
+    mask, [(_, factor)] = promised(query, key, value, gates, promise, 0.0, **BLOCK)
+    assert (factor[:, 0] == 0).all() and (factor[:, 2] > 1).all() and (factor[:, 1::2] == 1).all()
+    found = mask.dense()
+    assert torch.equal(found[:, 0], torch.ones(150, 200).tril(50).bool().expand(2, -1, -1))
+    for b in range(2):
+        wide = gates_of([[5 * int(factor[b, 2])] * 4], [[0] * 4], blocks=[[int(factor[b, 2])] * 4])
+        alone = Gated(sinks=1, gates=wide, **BLOCK)(query, key, value, Layer(0)).dense()
+        assert torch.equal(found[b, 2], alone[b, 2])
+    assert (kept_mass(query, key, mask, sampled_rows(150, 16)).mean(-1) >= promise - 1e-6).all()
+
+
+MIXED = gates_of(
+    [[24, 5, 6, 6], [6, 6, 9, 12]], [[9, 0, 0, 3], [0] * 4], blocks=[[0, 2, 1, 0], [2, 1, 1, 1]]
+)
+
+
+@torch.no_grad()
+def test_padded_batches_of_mixed_layers_are_each_sequence_alone():
+    model, policy = tiny_llama(), Gated(sinks=1, last=8, gates=MIXED, **BLOCK)
+    ids = torch.stack(documents(70, 70, 70))
+    ids[1] = ids[1].flip(0)
+    mask = torch.ones_like(ids)
+    mask[0, :11] = 0
+    more = {"max_new_tokens": 3, "do_sample": False}
+    more |= {"output_logits": True, "return_dict_in_generate": True}
+    with dynmask.sparsify(model, policy, measure=True) as run:
+        both = model.generate(ids * mask, attention_mask=mask, **more)
+        assert 0 < run.summary()["prefill"]["density"] < 1
+        for row, pad in enumerate((11, 0, 0)):
+            alone = model.generate(ids[row : row + 1, pad:], **more)
+            for a, b in zip(both.logits, alone.logits, strict=True):
+                torch.testing.assert_close(a[row], b[0], rtol=1e-4, atol=1e-4)
+
+
+def test_columns_beside_blocks_and_kept_choices_of_blocks_are_refused():
+    with pytest.raises(ValueError, match="columns or blocks.*Pass columns=0"):
+        parse("gated:blocks=4")
+    with pytest.raises(ValueError, match="columns or blocks of a map, received both for layer 0"):
+        gates_of([[3, 3]], [[0, 2]], blocks=[[1, 1]])
+    with pytest.raises(ValueError, match="'select' where maps choose blocks"):
+        Gated(gates=MIXED, decode="keep")
+    with pytest.raises(ValueError, match="query_pool that divides 64"):
+        Gated(query_pool=3)
+    assert parse("gated:columns=0,blocks=4").blocks == 4
+
+
+# -------------------------------------------------------------------------------------- soft masks
+
+
+@pytest.mark.parametrize(("keys", "queries", "pool"), [(50, 50, 1), (41, 17, 3), (30, 1, 1)])
+def test_a_columns_bias_is_its_worth_beside_that_of_the_best(keys, queries, pool):
+    query, key, value = tensors(keys, queries)
+    gates = gates_of([[3, 7, 4, INF]], [[5, 9, 0, 0]])
+    policy = Gated(sinks=2, last=5, least=1e-3, pool=pool, gates=gates, soft=True, strength=0.5)
+    mask, bias = policy.biased(query, key, Layer(0))
+    hard = replace(policy, soft=False)
+    assert torch.equal(mask.death, hard(query, key, value, Layer(0)).death)
+    assert hard.biased(query, key, Layer(0))[1] is None
+    columns = mask.death == INF
+    columns[..., :2] = False
+    columns &= (torch.tensor([3, 7, 4, INF]) < INF)[:, None]
+    assert not bias[~columns].any() and (bias[columns] <= 0).all()
+    plain = Gated(sinks=2, last=5, least=1e-3, pool=pool, gates=gates)
+    for b in range(2):
+        for h in range(2):
+            own = columns[b, h].nonzero().flatten()
+            chosen, worth = plain._columns(query, key, gates.window[0].view(1, 4, 1), 0, 9)
+            table = dict(zip(chosen[b, h].tolist(), worth[b, h].tolist(), strict=True))
+            best = max(table[k] for k in own.tolist())
+            expected = torch.tensor([0.5 * math.log(table[k] / best) for k in own.tolist()])
+            torch.testing.assert_close(bias[b, h, own], expected, rtol=1e-4, atol=1e-5)
+    out = dynmask.attention(query, key, value, mask, bias).double()
+    logits = query.double() @ repeat_heads(key, 4).double().mT * 8**-0.5 + bias[:, :, None]
+    share = logits.masked_fill(~mask.dense(), -math.inf).softmax(-1)
+    torch.testing.assert_close(out, share @ repeat_heads(value, 4).double(), rtol=1e-4, atol=1e-4)
+
+
+def test_worthless_columns_have_a_finite_bias():
+    query, key, _ = tensors(40, 40)
+    policy = Gated(sinks=0, window=60, columns=9, least=0.0, last=4, soft=True)
+    gates = gates_of([[39, 39, 39, 39]], [[9, 9, 9, 9]])
+    for some in (replace(policy, window=39), replace(policy, gates=gates)):
+        _, bias = some.biased(query * 100, key, Layer(0))
+        assert torch.isfinite(bias).all()
+
+
+@torch.no_grad()
+def test_soft_masks_act_in_a_model_and_padded_batches_are_each_sequence_alone():
+    gates = gates_of([[4, 5, INF, 6], [60, 60, 60, 60]], [[9, 3, 0, 3], [0] * 4])
+    model, policy = tiny_llama(), Gated(sinks=1, last=8, gates=gates, soft=True, strength=2.0)
+    ids = torch.stack(documents(70, 70))
+    ids[1] = ids[1].flip(0)
+    mask = torch.ones_like(ids)
+    mask[0, :67] = 0  # so short that nothing is left out, and nothing biased
+    mask[1, :3] = 0
+    found = {}
+    for name, some in {
+        "soft": policy, "hard": replace(policy, soft=False), "none": replace(policy, strength=0.0)
+    }.items():  # fmt: skip
+        with dynmask.sparsify(model, some):
+            found[name] = model(ids * mask, attention_mask=mask).logits
+            alone = [model(ids[row : row + 1, pad:]).logits[0] for row, pad in ((0, 67), (1, 3))]
+        for row, pad in ((0, 67), (1, 3)):
+            torch.testing.assert_close(found[name][row, pad:], alone[row], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found["hard"], found["none"], rtol=1e-4, atol=1e-4)
+    assert (found["soft"] - found["hard"])[1, 3:].abs().max() > 0.01
+
+
+def test_soft_masks_of_blocks_or_kept_columns_are_refused():
+    with pytest.raises(ValueError, match="soft: expected maps that choose columns"):
+        Gated(gates=MIXED, soft=True)
+    with pytest.raises(ValueError, match="soft: expected decode='select'"):
+        Gated(decode="keep", soft=True)
+    with pytest.raises(ValueError, match="strength >= 0"):
+        Gated(strength=-1)
+    with pytest.raises(ValueError, match="budgets without blocks.*COLUMN_BUDGETS"):
+        GatedSettings(soft=True)
+
+
+# -------------------------------------------------------------------------------------- the guard
+
+
+def promised(query, key, value, gates, promise, guard=0.1, **more):
+    """A guarded policy, its mask, and what it told."""
+    told = []
+    policy = Gated(sinks=1, last=8, gates=gates, promise=promise, guard=guard, **more)
+    layer = Layer(0, tell=lambda what, factor: told.append((what, factor)))
+    return policy(query, key, value, layer), told
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_map_is_widened_until_it_keeps_what_was_promised_and_no_further(seed):
+    query, key, value = tensors(64, 40, seed=seed)
+    gates = gates_of([[4, 6, 4, 9]], [[0, 3, 2, 0]])
+    promise = torch.tensor([[0.3, 0.9, 1.0, 0.7]])
+    mask, [(what, factor)] = promised(query, key, value, gates, promise, least=0.0)
+    assert what == "widened" and factor.shape == (2, 4)
+    rows = sampled_rows(40, 16)
+    seen = set()
+    for b in range(2):
+        for h in range(4):
+            window, columns = int(gates.window[0, h]), int(gates.columns[0, h])
+            for step in (1, 2, 4, 8, 0):
+                if step > 1:
+                    wide = [[window * step], [max(window, columns) * step]]
+                else:
+                    wide = [[window if step else INF], [columns if step else 0]]
+                one = Gated(sinks=1, last=8, least=0.0, gates=gates_of([wide[0]], [wide[1]]))
+                part = [x[b : b + 1, n : n + 1] for x, n in ((query, h), (key, h // 2))]
+                found = one(*part, part[1], Layer(0))
+                mass = kept_mass(*part, found, rows).mean()
+                if step == 0 or mass >= promise[0, h] - 0.1:
+                    break
+            assert int(factor[b, h]) == step
+            assert torch.equal(mask.dense()[b, h], found.dense()[0, 0])
+            seen.add(step)
+    assert mask.dense().sum(-1).max() <= mask.most
+    assert len(seen) > 1  # some were left alone, some not
+
+
+def test_what_keeps_its_promise_and_what_is_dense_is_left_alone():
+    query, key, value = tensors(64, 64)
+    gates = gates_of([[4, 6, 4, INF]], [[0, 3, 2, 0]])
+    mask, [(_, factor)] = promised(query, key, value, gates, torch.full((1, 4), 0.05))
+    plain = Gated(sinks=1, last=8, gates=gates)(query, key, value, Layer(0))
+    assert (factor == 1).all() and torch.equal(mask.death, plain.death)
+    high = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+    _, [(_, factor)] = promised(query, key, value, gates, high, guard=0.0)
+    assert (factor == 1).all()
+    _, told = promised(query, key, value, Gates.full(1, 4), high)
+    assert not told  # nothing was looked at
+
+
+@pytest.mark.parametrize("queries", [1, 15])
+def test_calls_of_few_rows_are_not_looked_at(queries):
+    query, key, value = tensors(64, queries)
+    gates = gates_of([[4, 6, 4, 9]], [[0, 3, 2, 0]])
+    _, told = promised(query, key, value, gates, torch.ones(1, 4), guard=0.0)
+    assert not told
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_kept_mass_is_that_of_the_whole_attention_map(dtype, monkeypatch):
+    query, key, value = (x.to(dtype) for x in tensors(37, 29))
+    mask = Gated(sinks=2, window=5, columns=6)(query, key, value, Layer(0))
+    rows = sampled_rows(29, 6)
+    logits = query.double() @ repeat_heads(key, 4).double().mT * 0.3
+    k, q = torch.arange(37), torch.arange(8, 37)[:, None]
+    for window in (None, 9):
+        hidden = (k > q) | (k <= q - (window or 99))
+        true = logits.masked_fill(hidden, -math.inf).softmax(-1)
+        expected = (true * mask.dense()).sum(-1)[..., rows]
+        for at_once in (2**25, 1):
+            monkeypatch.setattr("dynmask.policies.kept.WEIGHTS_AT_A_TIME", at_once)
+            found = kept_mass(query, key, mask, rows, 0.3, window)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def guarded_policy(level=0.97, guard=0.05):
+    """Some maps of the tiny model keep so much, others do not."""
+    gates = gates_of([[24, 24, 6, 6], [6, 24, INF, 12]], [[9, 2, 3, 0], [0, 9, 0, 2]])
+    return Gated(sinks=1, last=8, gates=gates, guard=guard, promise=torch.full((2, 4), level))
+
+
+@torch.no_grad()
+def test_padding_and_neighbours_change_nothing_of_what_the_guard_does():
+    model, policy = tiny_llama(), guarded_policy()
+    ids = torch.stack(documents(50, 50, 50))
+    ids[1] = ids[1].flip(0)
+    pads = (9, 0, 0)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    with pytest.warns(UserWarning, match="guard"), dynmask.sparsify(model, policy) as run:
+        out = model(ids * mask, attention_mask=mask).logits
+    factors, logits = [], []
+    for row, pad in enumerate(pads):
+        with pytest.warns(UserWarning, match="guard"), dynmask.sparsify(model, policy) as alone:
+            logits.append(model(ids[row : row + 1, pad:]).logits[0])
+        factors.append(alone.summary()["guard"])
+        torch.testing.assert_close(out[row, pad:], logits[-1], rtol=1e-4, atol=1e-4)
+    total = run.summary()["guard"]
+    for name in ("maps", "widened", "dense"):
+        assert total[name] == sum(found[name] for found in factors)
+    assert total["maps"] == 24 and 0 < total["widened"] < 24 and total["dense"] <= total["widened"]
+    assert total["share"] == total["widened"] / 24
+
+
+@torch.no_grad()
+def test_the_guard_warns_once_a_run_and_counts_on(recwarn):
+    model, ids = tiny_llama(), documents(50)[0][None]
+    with dynmask.sparsify(model, guarded_policy()) as run:
+        model.generate(ids, max_new_tokens=4, do_sample=False)
+        first = run.summary()["guard"]
+        model(ids)
+        second = run.summary()["guard"]
+        run.reset()
+        assert "guard" not in run.summary()
+        model(ids)
+    said = [str(w.message) for w in recwarn if "guard" in str(w.message)]
+    assert len(said) == 1 and "heads" in said[0]
+    assert first["maps"] == 8 and second["maps"] == 16  # decoding is not looked at
+    assert second["widened"] == 2 * first["widened"] > 0
+    shares = torch.tensor(second["widened_per_head"])
+    assert shares.sum() * 2 == second["widened"] and shares[1, 2] == 0
+
+
+@torch.no_grad()
+def test_dense_is_what_a_promise_of_everything_comes_to():
+    model, ids = tiny_llama(), documents(150)[0][None]
+    gates = gates_of([[2, 2, 3, INF]] * 2, [[0, 1, 0, 0]] * 2)
+    policy = Gated(sinks=0, gates=gates, guard=0.0, promise=torch.ones(2, 4))
+    expected = model(ids).logits
+    with pytest.warns(UserWarning), dynmask.sparsify(model, policy) as run:
+        found = model(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert run.summary()["guard"]["dense"] == 6  # and two were dense before
+
+
+def test_an_evaluation_says_how_many_maps_were_widened():
+    from dynmask.evals import evaluate
+    from dynmask.evals.needle import Needle
+    from tests.stand_in import stand_in_model, stand_in_tokenizer
+
+    policies = {"full": None, "guarded": guarded_policy(), "plain": Gated(window=9)}
+    with pytest.warns(UserWarning, match="guard"):
+        report = evaluate(
+            stand_in_model(), stand_in_tokenizer(), policies, Needle(), n=1, length=448,
+            timing=False, progress=False,
+        )  # fmt: skip
+    rows = {row.policy: row for row in report.rows}
+    assert 0 < rows["guarded"].widened < 1 and rows["plain"].widened is None
+    assert "widened" in report.table()
+
+
+def test_a_guard_without_a_promise_and_promises_of_another_model_are_refused():
+    with pytest.raises(ValueError, match="expected guard with the kept mass"):
+        parse("gated:guard=0.1")
+    with pytest.raises(ValueError, match=r"guard in \[0, 1\]"):
+        Gated(guard=1.5, promise=torch.ones(2, 4))
+    with pytest.raises(ValueError, match="promise for 2 layers of 4 heads"):
+        dynmask.sparsify(tiny_llama(), Gated(guard=0.1, promise=torch.ones(3, 4)))
 
 
 # --------------------------------------------------------------------------------------- choosing
@@ -225,6 +635,13 @@ def card(model):
     return calibrate_gates(model, documents(90, 120), SETTINGS, progress=False)
 
 
+@pytest.fixture(scope="module")
+def sparse(model):
+    """A card that leaves much out."""
+    settings = GatedSettings(**{**vars(SETTINGS), "max_kl": 5.0})
+    return calibrate_gates(model, documents(90, 120), settings, progress=False)
+
+
 def test_the_divergence_of_a_card_is_measured_and_within_what_was_allowed(model, card):
     assert 0 <= card.header["kl"] <= SETTINGS.max_kl
     judge = Judge(model, documents(90, 120), SETTINGS, 0)
@@ -234,15 +651,11 @@ def test_the_divergence_of_a_card_is_measured_and_within_what_was_allowed(model,
     assert judge.cost(Gates.full(2, 4)) == pytest.approx(0, abs=1e-6)
 
 
-def test_more_divergence_buys_sparser_masks(model, card):
+def test_more_divergence_buys_sparser_masks(sparse, card):
     def density(some):
         return sum(map(sum, some.header["density"]))
 
-    loose = calibrate_gates(
-        model, documents(90, 120), GatedSettings(**{**vars(SETTINGS), "max_kl": 5.0}),
-        progress=False,
-    )  # fmt: skip
-    assert density(loose) < density(card)
+    assert density(sparse) < density(card)
 
 
 def test_a_density_can_be_asked_for_instead(model):
@@ -250,6 +663,38 @@ def test_a_density_can_be_asked_for_instead(model):
     found = calibrate_gates(model, documents(90, 120), asked, progress=False)
     assert sum(map(sum, found.header["density"])) / 8 <= 0.4
     assert found.header["settings"]["allowed"] < 10.0
+
+
+def test_a_density_that_is_out_of_reach_is_told(model):
+    asked = GatedSettings(**{**vars(SETTINGS), "max_kl": 1e-6, "density": 0.01})
+    with pytest.raises(
+        ValueError, match=r"settings.density: expected at least [01]\.\d+, which max_kl"
+    ):
+        calibrate_gates(model, documents(60), asked, progress=False)
+
+
+def test_the_policy_of_a_card_is_guarded_by_what_the_card_kept(card):
+    policy = card.policy()
+    assert policy.guard == SETTINGS.guard is not None
+    assert torch.equal(policy.promise, torch.tensor(card.header["least_mass"]))
+    assert (policy.promise <= torch.tensor(card.kept_mass) + 1e-6).all()
+    assert card.policy(guard=None).guard is None and card.policy(guard=0.5).guard == 0.5
+    header = json.loads(json.dumps(card.header))
+    for name in ("guard", "block", "encoder", "soft", "rank"):  # made before there were such
+        header["settings"].pop(name)
+    tensors = {name: card.tensors[name] for name in ("window", "columns", "share")}
+    header.pop("least_mass")
+    old = MaskCard(header, tensors).policy()
+    assert old.guard is None and not old.soft and not old.gates.blocks.any()
+
+
+@torch.no_grad()
+def test_documents_that_a_card_was_made_from_are_as_promised(model, sparse, recwarn):
+    with dynmask.sparsify(model, sparse.policy(guard=1e-4)) as run:
+        for document in documents(90, 120):
+            model(document[None])
+    assert run.summary()["guard"]["widened"] == 0 and run.summary()["guard"]["maps"] > 0
+    assert not [w for w in recwarn if "guard" in str(w.message)]
 
 
 def test_a_card_is_the_same_policy_after_a_round_trip(model, card, tmp_path):
@@ -261,6 +706,21 @@ def test_a_card_is_the_same_policy_after_a_round_trip(model, card, tmp_path):
     assert digest_of(parse(f"gated:{tmp_path / 'card'}").gates) == digest_of(first.gates)
     with pytest.raises(ValueError, match="expected options among"):
         card.policy(width=3)
+
+
+def test_a_card_of_soft_masks_says_what_the_bias_changes(model, tmp_path):
+    asked = GatedSettings(**{**vars(SETTINGS), "max_kl": 5.0, "soft": True, "strength": 2.0})
+    card = calibrate_gates(model, documents(90, 120), asked, progress=False)
+    assert {"kl", "kl_hard"} <= card.header.keys() and card.header["kl"] <= 5.0
+    card.save_pretrained(tmp_path / "card")
+    policy = MaskCard.from_pretrained(tmp_path / "card").policy()
+    assert policy.soft and policy.strength == 2.0
+    judge = Judge(model, documents(90, 120), asked, 0)
+    judge.prepare()
+    for name, some in (("kl", policy), ("kl_hard", card.policy(soft=False))):
+        assert judge.divergence(some) == pytest.approx(card.header[name], rel=1e-4)
+    if policy.gates.columns.any():
+        assert card.header["kl"] != card.header["kl_hard"]
 
 
 def test_documents_and_the_model_are_left_as_they_were(model):
@@ -336,6 +796,8 @@ def test_bad_arguments_are_refused_before_the_model_runs(model, given_documents,
     [
         {"max_kl": 0}, {"max_kl": math.nan}, {"density": 0}, {"density": 2}, {"budgets": ()},
         {"judged": 0}, {"late": 1.5}, {"sinks": -1}, {"budgets": (Budget(0),)}, {"pool": 2},
+        {"guard": 2}, {"guard": True}, {"guard": "no"}, {"strength": math.nan}, {"soft": 1},
+        {"key_pool": 5}, {"block": 0}, {"budgets": (Budget(4, 2, blocks=2),)},
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(change):
@@ -353,6 +815,12 @@ def test_settings_out_of_range_are_refused(change):
         lambda t, h: t.pop("share"),
         lambda t, h: h.update(kl=-1.0),
         lambda t, h: h.update(kl=None),
+        lambda t, h: h.update(least_mass=[[0.5]]),
+        lambda t, h: h["settings"].update(guard=-1),
+        lambda t, h: h["settings"].update(soft="yes"),
+        lambda t, h: h.update(kl_hard=math.inf),
+        lambda t, h: t.update(blocks=t["window"] * 0 - 1),
+        lambda t, h: t.pop("blocks"),
         lambda t, h: h["settings"].update(last=0),
         lambda t, h: h["settings"].update(budgets="all"),
         lambda t, h: h["settings"].pop("pool"),
@@ -397,3 +865,59 @@ def test_judged_tokens_can_be_given(model):
     for bad in (rows[:1], [rows[0], torch.tensor([120])], [rows[0], torch.tensor([1.0])]):
         with pytest.raises(ValueError, match="judged"):
             calibrate_gates(model, documents(90, 120), SETTINGS, judged=bad, progress=False)
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from tests.stand_in import save_stand_in
+
+    return save_stand_in(tmp_path_factory.mktemp("model") / "stand-in")
+
+
+def calibrate(folder, out, *options):
+    from dynmask import cli
+
+    call = ["calibrate", "--model", folder, "--policy", "gated", "--out", out, "--quiet", "--json"]
+    return cli.main([*map(str, call), "--judged", "8", "--max-kl", "50", *options])
+
+
+def test_the_command_trains_an_encoder_and_sets_the_guard(folder, tmp_path, capsys):
+    call = ("--lengths", "260", "--documents", "2", "--guard", "0.5", "--encoder")
+    assert calibrate(folder, tmp_path / "a", *call) == 2
+    assert "settings.rank: expected encoders of at most 1%" in capsys.readouterr().err
+    call = (*call, "--rank", "2", "--steps", "2", "--teacher", "effect")
+    assert calibrate(folder, tmp_path / "a", *call) == 0
+    header = json.loads(capsys.readouterr().out)
+    settings = header["settings"]
+    assert (settings["guard"], settings["steps"], settings["rank"]) == (0.5, 2, 2)
+    assert settings["teacher"] == "effect" and len(header["encoder"]["loss"]) == 2
+    policy = parse(f"gated:{tmp_path / 'a'}")
+    assert len(policy.encoders) == 2 and policy.guard == 0.5
+
+
+def test_the_command_makes_soft_masks_of_columns(folder, tmp_path, capsys):
+    call = ("--lengths", "96", "--documents", "1", "--soft", "--strength", "2")
+    assert calibrate(folder, tmp_path / "b", *call) == 0
+    header = json.loads(capsys.readouterr().out)
+    assert header["settings"]["soft"] and header["kl_hard"] >= 0
+    assert not any(budget["blocks"] for budget in header["settings"]["budgets"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--strength", "2"), "--strength: expected with --soft"),
+        (("--steps", "2"), "--steps: expected with --encoder"),
+        (("--rank", "2"), "--rank: expected with --encoder"),
+        (("--soft", "--encoder"), "settings.encoder: expected a budget with blocks"),
+        (("--no-blocks", "--encoder"), "settings.encoder: expected a budget with blocks"),
+        (("--guard", "2"), "guard in"),
+        (("--width", "600"), "--width: expected with another --policy"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(folder, tmp_path, capsys, options, message):
+    assert calibrate(folder, tmp_path / "c", *options) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "c").exists()

@@ -34,6 +34,7 @@ from .retrofit import RetainedSettings
 if TYPE_CHECKING:
     from .integrations.cache import BoundedCache
     from .integrations.convert import convert, load_converted, revert
+    from .integrations.gated_cache import GatedCache
     from .integrations.transformers import sparsify
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ __all__ = [
     "Budget",
     "DamSettings",
     "Explanation",
+    "GatedCache",
     "GatedSettings",
     "LifetimeMask",
     "Mask",
@@ -69,6 +71,7 @@ __all__ = [
 
 _LATER = {
     "BoundedCache": ".integrations.cache",
+    "GatedCache": ".integrations.gated_cache",
     "convert": ".integrations.convert",
     "load_converted": ".integrations.convert",
     "revert": ".integrations.convert",

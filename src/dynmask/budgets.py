@@ -17,14 +17,17 @@ import math
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dynmask.card import SCHEMA, MaskCard, describe_model, write_atomically
+from dynmask.card_kinds import ENCODER_TENSORS, MAX_HIDDEN
+from dynmask.encoder import BlockEncoder
+from dynmask.encoder_training import EncoderTraining, encoder_of
 from dynmask.errors import bad
 from dynmask.policies.base import Layer
 from dynmask.policies.gated import Gated, Gates
@@ -42,12 +45,23 @@ class Budget:
     window: int
     columns: int = 0
     share: float = 0.0
+    blocks: int = 0
 
 
-BUDGETS = (
-    Budget(32), Budget(128), Budget(64, 32), Budget(128, 128), Budget(256, 256),
-    Budget(512, 512), Budget(1024, 1024, 0.03),
+COLUMN_BUDGETS = (
+    Budget(32), Budget(128), Budget(64, 32), Budget(128, 128), Budget(256, 256), Budget(512, 256),
+    Budget(512, 512, 0.02), Budget(1024, 512, 0.03), Budget(1024, 1024, 0.06),
+    Budget(2048, 1024, 0.06),
 )  # fmt: skip
+"""What maps may read that choose columns, the cheap first."""
+
+BLOCK_BUDGETS = (
+    Budget(128, blocks=8), Budget(128, blocks=16), Budget(256, blocks=32),
+    Budget(512, blocks=32, share=0.06),
+)  # fmt: skip
+"""What maps may read that choose blocks."""
+
+BUDGETS = COLUMN_BUDGETS + BLOCK_BUDGETS
 """Offered in this order: what a map may read, the cheap first. Beyond the last a map is dense."""
 
 
@@ -64,7 +78,19 @@ class GatedSettings:
         judged: tokens of a document that are judged, the share ``late`` of them at its end (where
             answers stand), the rest spread over it.
         late: see above.
-        sinks, least, last, pool: of the policy, see :class:`dynmask.policies.gated.Gated`.
+        sinks, least, last, pool, guard, block, query_pool, key_pool: of the policy, see
+            :class:`dynmask.policies.gated.Gated`. What a map promises its guard is what it kept in
+            that of the documents where it kept least.
+        encoder: train the encoder that scores blocks, see :mod:`dynmask.encoder_training`, before
+            budgets are chosen; what follows says how.
+        rank: numbers that its linear maps give, see :class:`dynmask.encoder.BlockEncoder`.
+        steps: training steps, a document each.
+        rate: the learning rate at the start; a cosine takes it to 0.
+        lessons: query blocks of a document that a step learns from.
+        teacher: what a block is worth: its attention ("mass"), or what losing it does to the
+            output of a head ("effect").
+        soft, strength: of the policy; columns alone can be soft, so budgets must have no blocks.
+            The card's ``kl_hard`` is then the divergence of the same gates without.
 
     Raises:
         ValueError: a value of the wrong type or out of range.
@@ -79,6 +105,18 @@ class GatedSettings:
     least: float = 1e-3
     last: int = 64
     pool: int = 1
+    guard: float | None = 0.25
+    block: int = 64
+    query_pool: int = 8
+    key_pool: int = 8
+    encoder: bool = False
+    rank: int = 16
+    steps: int = 200
+    rate: float = 0.01
+    lessons: int = 16
+    teacher: Literal["mass", "effect"] = "mass"
+    soft: bool = False
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         given: Any = self.budgets  # a card gives lists of numbers
@@ -86,7 +124,7 @@ class GatedSettings:
         object.__setattr__(self, "budgets", budgets)
         if not budgets:
             raise bad("settings.budgets", "at least one", "none")
-        for name in ("max_kl", "late", "density"):
+        for name in ("max_kl", "late", "density", "rate"):
             value = getattr(self, name)
             if name == "density" and value is None:
                 continue
@@ -94,29 +132,108 @@ class GatedSettings:
             good = type(value) in (int, float) and math.isfinite(value) and 0 <= value <= top
             if not good or (value == 0 and name != "late"):
                 raise bad(f"settings.{name}", "a number above 0, shares up to 1", repr(value))
-        if type(self.judged) is not int or self.judged < 1:
-            raise bad("settings.judged", "a whole number of at least 1", repr(self.judged))
+        for name in ("judged", "rank", "steps", "lessons"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= MAX_HIDDEN:
+                raise bad(f"settings.{name}", f"a whole number from 1 to {MAX_HIDDEN}", repr(value))
+        self._check_encoder()
+        if self.guard is not None and type(self.guard) not in (int, float):
+            raise bad("settings.guard", "a share, or None", repr(self.guard))
         for budget in budgets:
             Gates.full(1, 1).replaced(torch.ones(1, 1, dtype=torch.bool), **asdict(budget))
-        self.policy(None)
+        self._check_soft()
+        self.policy(None, torch.ones(1, 1))
 
-    def policy(self, gates: Gates | None) -> Gated:
-        """The policy with these gates."""
+    def _check_soft(self) -> None:
+        """Raise ValueError for soft masks where they cannot be."""
+        if type(self.soft) is not bool:
+            raise bad("settings.soft", "True or False", repr(self.soft))
+        if type(self.strength) not in (int, float) or not math.isfinite(self.strength):
+            raise bad("settings.strength", "a finite number", repr(self.strength))
+        if self.soft and any(budget.blocks for budget in self.budgets):
+            raise bad(
+                "settings.soft", "budgets without blocks, which have no bias", "some with",
+                "Pass budgets=dynmask.budgets.COLUMN_BUDGETS, or leave soft out.",
+            )  # fmt: skip
+
+    def _check_encoder(self) -> None:
+        """Raise ValueError for what is said of an encoder and cannot be."""
+        if self.teacher not in ("mass", "effect"):
+            raise bad("settings.teacher", "'mass' or 'effect'", repr(self.teacher))
+        if type(self.encoder) is not bool:
+            raise bad("settings.encoder", "True or False", repr(self.encoder))
+        if self.encoder and not any(budget.blocks for budget in self.budgets):
+            raise bad(
+                "settings.encoder", "a budget with blocks, which an encoder scores", "none",
+                "Add dynmask.budgets.BLOCK_BUDGETS to budgets.",
+            )  # fmt: skip
+
+    def policy(
+        self,
+        gates: Gates | None,
+        promise: Tensor | None = None,
+        encoders: tuple[BlockEncoder | None, ...] | None = None,
+    ) -> Gated:
+        """The policy with these gates, guarded where it is known what they kept."""
         return Gated(
-            sinks=self.sinks, least=self.least, last=self.last, pool=self.pool, gates=gates
+            sinks=self.sinks,
+            least=self.least,
+            last=self.last,
+            pool=self.pool,
+            block=self.block,
+            query_pool=self.query_pool,
+            key_pool=self.key_pool,
+            gates=gates,
+            guard=None if promise is None else self.guard,
+            promise=promise,
+            encoders=encoders,
+            soft=self.soft,
+            strength=self.strength,
         )
+
+
+_FIRST = ("max_kl", "density", "budgets", "judged", "late", "sinks", "least", "last", "pool")
+BEFORE: dict[str, Any] = {
+    item.name: None if item.name == "guard" else item.default
+    for item in fields(GatedSettings)
+    if item.name not in _FIRST
+}
+"""What cards that were made before a setting existed mean by not naming it."""
 
 
 def settings_of(header: dict[str, Any]) -> GatedSettings:
     """The settings in a card's header; ValueError, TypeError or KeyError where they are none."""
     known = {f.name for f in fields(GatedSettings)}
-    return GatedSettings(**{name: header[name] for name in known})
+    given = BEFORE | header
+    return GatedSettings(**{name: given[name] for name in known})
 
 
-def gated_of(card: MaskCard) -> Gated:
-    """The policy of a gated card."""
-    gates = Gates(**{name: card.tensors[name] for name in ("window", "columns", "share")})
-    return settings_of(card.header["settings"]).policy(gates)
+def gated_of(card: MaskCard, decode: Literal["select", "keep"] = "select", **options: Any) -> Gated:
+    """The policy of a gated card; ``guard`` in place of the card's own.
+
+    A card that was made before there were guards promises nothing.
+    """
+    names = [item.name for item in fields(Gates) if item.name in card.tensors]
+    gates = Gates(**{name: card.tensors[name] for name in names})
+    settings = replace(settings_of(card.header["settings"]), **options)
+    promise = card.header.get("least_mass")
+    promise = None if promise is None else torch.tensor(promise)
+    return replace(settings.policy(gates, promise, _encoders_of(card, settings)), decode=decode)
+
+
+def _encoders_of(card: MaskCard, settings: GatedSettings) -> tuple[BlockEncoder | None, ...] | None:
+    """The encoders that a card holds, one for each layer that has one; None where it has none."""
+    if not settings.encoder:
+        return None
+    encoders: list[BlockEncoder | None] = []
+    for layer, kept in enumerate(card.header["encoder"]["kept"]):
+        encoder = encoder_of(settings, card.header["model"]) if kept else None
+        if encoder is not None:
+            for name in ENCODER_TENSORS:
+                getattr(encoder, name).data.copy_(card.tensors[f"layers.{layer}.{name}"])
+            encoder.eval().requires_grad_(False)
+        encoders.append(encoder)
+    return tuple(encoders)
 
 
 def choose_gates(
@@ -181,6 +298,7 @@ class Judge:
             self._judged(len(d), random.Random(f"{seed}/{i}")) if judged is None else judged[i]
             for i, d in enumerate(self.documents)
         ]
+        self.encoders: tuple[BlockEncoder | None, ...] | None = None
         self.known: dict[str, float] = {}
         self.trials = 0
         self.full: list[Tensor] = []
@@ -191,6 +309,10 @@ class Judge:
         late = min(math.ceil(self.settings.late * count), count)
         early = sorted(rng.sample(range(length - late), min(count - late, length - late)))
         return torch.tensor([*early, *range(length - late, length)])
+
+    def policy(self, gates: Gates) -> Gated:
+        """The policy with these gates, as it is judged."""
+        return self.settings.policy(gates, encoders=self.encoders)
 
     def prepare(self) -> None:
         """Run the full model once on every document."""
@@ -203,15 +325,18 @@ class Judge:
         """Divergence of gates: the largest of the documents' means over judged tokens, in nats."""
         name = digest_of(gates)
         if name not in self.known:
-            policy = self.settings.policy(gates)
-            worst = 0.0
-            for document, rows, full in zip(self.documents, self.rows, self.full, strict=True):
-                found = self._predict(document, rows, policy)
-                kl = torch.nn.functional.kl_div(found, full, log_target=True, reduction="sum")
-                worst = max(worst, float(kl) / len(rows))
-            self.known[name] = worst
+            self.known[name] = self.divergence(self.policy(gates))
         self.trials += 1
         return self.known[name]
+
+    def divergence(self, policy: Gated) -> float:
+        """Divergence of a policy, measured."""
+        worst = 0.0
+        for document, rows, full in zip(self.documents, self.rows, self.full, strict=True):
+            found = self._predict(document, rows, policy)
+            kl = torch.nn.functional.kl_div(found, full, log_target=True, reduction="sum")
+            worst = max(worst, float(kl) / len(rows))
+        return worst
 
     @torch.no_grad()
     def _predict(self, document: Tensor, rows: Tensor, policy: Any) -> Tensor:
@@ -231,7 +356,7 @@ class Judge:
 
 def digest_of(gates: Gates) -> str:
     """A name of gates: the same numbers, the same name."""
-    parts = (gates.window, gates.columns, gates.share)
+    parts = (getattr(gates, item.name) for item in fields(gates))
     return hashlib.sha256(b"".join(x.numpy().tobytes() for x in parts)).hexdigest()
 
 
@@ -264,7 +389,7 @@ class _Meter:
 
 
 def measure(judge: Judge, policy: Gated, which: Sequence[int], layers: int) -> tuple[Tensor, ...]:
-    """Density and kept mass of every map, means over documents: float64 [layers, heads] each."""
+    """Density and kept mass of every map in each document: float64 [documents, layers, heads]."""
     from dynmask.integrations.transformers import sparsify
 
     meter = _Meter(policy, layers)
@@ -273,7 +398,7 @@ def measure(judge: Judge, policy: Gated, which: Sequence[int], layers: int) -> t
             ids = judge.documents[i][None].to(judge.device)
             judge.model.base_model(input_ids=ids, use_cache=False)
     return tuple(
-        torch.stack([torch.cat(found).mean(0) for found in kind]).clamp(0, 1).cpu()
+        torch.stack([torch.cat(found) for found in kind], 1).clamp(0, 1).cpu()
         for kind in (meter.density, meter.mass)
     )
 
@@ -301,16 +426,22 @@ def calibrate_gates(
         judged: the positions of each document whose predictions are judged, int64, in place of
             the settings' choice: where an answer begins, say.
         checkpoint: a file of what was measured, written as it comes and read when it is there, so
-            that an interrupted calibration goes on.
+            that an interrupted calibration goes on. Beside it, under the same name with
+            ``.encoder``, lies the state of an encoder's training.
         progress: show a progress bar.
 
     Returns:
-        A card of policy "gated". Its ``kl`` is measured with all gates at once; ``density`` and
-        ``kept_mass`` are those of the longest documents.
+        A card of policy "gated". Its ``kl`` is measured with all gates at once, and so is its
+        ``kl_hard`` without the bias, where ``settings.soft`` asks for one; ``density`` and
+        ``kept_mass`` are those of the longest documents, ``least_mass`` is the kept mass of each
+        map in that of all documents where it is least. With ``settings.encoder`` its parameters,
+        for layers where they help, and ``encoder``: see
+        :meth:`dynmask.encoder_training.EncoderTraining.judge`.
 
     Raises:
         ValueError: no documents or too short ones, bad settings, a model that cannot be
-            sparsified, or a checkpoint of another run; before the model runs.
+            sparsified, or a checkpoint of another run; before the model runs. A density that
+            ``max_kl`` does not allow; when that is known.
     """
     from dynmask.calibrate import check_document, token_digest, vocabulary_of
     from dynmask.integrations.checks import check_model
@@ -342,16 +473,25 @@ def calibrate_gates(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         judge.known = _read_journal(path, identity)
+    lessons = None
+    if settings.encoder:
+        lessons = EncoderTraining(model, judge.documents, settings, seed, description)
     longest = max(map(len, documents))
     which = [i for i, d in enumerate(documents) if len(d) == longest]
     training = [(module, module.training) for module in model.modules()]
+    figures: dict[str, Any] = {}
     try:
         model.eval()
+        if lessons is not None:
+            beside = None if path is None else path.with_name(f"{path.name}.encoder")
+            lessons.run(beside, identity, progress)
+            judge.encoders, figures = lessons.judge()
         judge.prepare()
         with _Progress(judge, path, identity, progress) as cost:
             gates, allowed = _search(judge, cost, settings, which, layers, heads)
             kl = cost(gates)
-        density, mass = measure(judge, settings.policy(gates), which, layers)
+        hard = judge.divergence(replace(judge.policy(gates), soft=False)) if settings.soft else None
+        density, mass = measure(judge, judge.policy(gates), range(len(documents)), layers)
     finally:
         for module, mode in training:
             module.training = mode
@@ -370,11 +510,19 @@ def calibrate_gates(
             "seed": seed,
         },
         "kl": kl,
+        **({} if hard is None else {"kl_hard": hard}),
         "trials": judge.trials,
-        "density": density.tolist(),
-        "kept_mass": mass.tolist(),
+        "density": density[which].mean(0).tolist(),
+        "kept_mass": mass[which].mean(0).tolist(),
+        "least_mass": mass.amin(0).tolist(),
     }
-    tensors = {"window": gates.window, "columns": gates.columns, "share": gates.share}
+    tensors = {item.name: getattr(gates, item.name) for item in fields(gates)}
+    if judge.encoders is not None:
+        header["encoder"] = figures
+        for layer, encoder in enumerate(judge.encoders):
+            if encoder is not None:
+                state = encoder.cpu().state_dict()
+                tensors |= {f"layers.{layer}.{name}": state[name] for name in ENCODER_TENSORS}
     return MaskCard(header, tensors)
 
 
@@ -404,10 +552,10 @@ def _search(
     full = Gates.full(layers, heads)
     first = full.replaced(full.dense, **asdict(settings.budgets[0]))
     # maps that the cheapest budget leaves most of their attention are tried together
-    _, mass = measure(judge, settings.policy(first), which[:1], layers)
+    _, mass = measure(judge, judge.policy(first), which[:1], layers)
     maps = sorted(
         ((layer, head) for layer in range(layers) for head in range(heads)),
-        key=lambda place: -float(mass[place]),
+        key=lambda place: -float(mass[0][place]),
     )
 
     def at(allowed: float) -> Gates:
@@ -417,12 +565,20 @@ def _search(
     gates = at(allowed)
     if settings.density is None:
         return gates, allowed
+    least, _ = measure(judge, judge.policy(gates), which, layers)
+    if float(least.mean()) > settings.density:
+        raise bad(
+            "settings.density",
+            f"at least {float(least.mean()):.4f}, which max_kl {allowed:g} allows",
+            settings.density,
+            "Raise max_kl, or offer cheaper budgets; a checkpoint keeps what was measured.",
+        )
     # the smallest divergence whose gates are sparse enough, within a factor of 1.2
     low, high = settings.max_kl * 1e-4, settings.max_kl
     while high / low > 1.2:
         middle = math.sqrt(low * high)
         found = at(middle)
-        density, _ = measure(judge, settings.policy(found), which, layers)
+        density, _ = measure(judge, judge.policy(found), which, layers)
         if float(density.mean()) <= settings.density:
             gates, high = found, middle
         else:

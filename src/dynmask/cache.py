@@ -97,7 +97,7 @@ class KeyStore(Slots):
             added = None if bias is None else bias(live.scores)
             return attention(q, live.key, live.value, live.mask, added, scale, impl=impl)
 
-        runs = _runs(spans, batch, n)
+        runs = runs_of(spans, batch, n)
         if not runs:
             return query.new_zeros(*query.shape[:3], value.shape[-1])
         self._start(batch, key, value)
@@ -312,7 +312,7 @@ def _gather(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(2, order[..., None].expand(*order.shape, x.shape[-1]))
 
 
-def _runs(spans: Sequence[Span] | None, batch: int, n: int) -> dict[int, tuple[int, int]]:
+def runs_of(spans: Sequence[Span] | None, batch: int, n: int) -> dict[int, tuple[int, int]]:
     """Each batch row's new tokens; rows without any are left out."""
     if spans is None:
         return {row: (0, n) for row in range(batch)}
@@ -348,4 +348,4 @@ def _check(key: Tensor, value: Tensor, scores: Tensor, batch: int, n: int) -> No
         )
 
 
-__all__ = ["KeyStore", "Live"]
+__all__ = ["KeyStore", "Live", "runs_of"]

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 GET_ANOTHER = "Fetch the card again, or calibrate the model again with dynmask.calibrate."
 MAX_HIDDEN = 2**16
+ENCODER_TENSORS = ("of_query", "of_key")
+"""Parameters of a block encoder that a gated card holds."""
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Name -> dtype and shape of every tensor."""
@@ -219,8 +221,8 @@ class GatedTensors:
         """The policy of a card."""
         from dynmask.budgets import gated_of
 
-        check_options(options, ())
-        return gated_of(card)
+        check_options(options, ("guard", "decode", "soft", "strength"))
+        return gated_of(card, **options)
 
     @staticmethod
     def check_header(header: dict[str, Any]) -> None:
@@ -231,28 +233,65 @@ class GatedTensors:
             settings_of(header["settings"])
         except (TypeError, ValueError, KeyError) as error:
             require(False, "settings of a gated policy", str(error)[:120])
-        kl = header.get("kl")
-        number = isinstance(kl, int | float) and not isinstance(kl, bool)
-        require(number and 0 <= kl < math.inf, "kl of at least 0", str(kl)[:80])  # type: ignore[operator]
+        for name in ("kl", "kl_hard"):
+            kl = header.get(name, 0 if name == "kl_hard" else None)
+            number = isinstance(kl, int | float) and not isinstance(kl, bool)
+            require(number and 0 <= kl < math.inf, f"{name} of at least 0", str(kl)[:80])  # type: ignore[operator]
+        if header["settings"].get("encoder"):
+            GatedTensors._check_encoder(header)
+        if "least_mass" in header:
+            sizes = header["model"]["layers"], header["model"]["heads"]
+            check_figures("least_mass", header["least_mass"], *sizes)
 
     @staticmethod
     def layout(header: dict[str, Any]) -> Layout:
-        """Three tables."""
+        """A number for each map; blocks where the card is of a time that knew them."""
         shape = header["model"]["layers"], header["model"]["heads"]
-        return {
+        tables: Layout = {
             "window": (torch.int32, shape),
             "columns": (torch.int32, shape),
             "share": (torch.float32, shape),
         }
+        settings, model = header["settings"], header["model"]
+        if "block" in settings:
+            tables["blocks"] = torch.int32, shape
+        kept = header["encoder"]["kept"] if settings.get("encoder") else []
+        rank, dim = settings.get("rank", 0), model["head_dim"]
+        for layer, good in enumerate(kept):
+            if good:
+                sizes = (model["heads"], dim + 1, rank), (model["kv_heads"], 2 * dim, rank)
+                for name, size in zip(ENCODER_TENSORS, sizes, strict=True):
+                    tables[f"layers.{layer}.{name}"] = torch.float32, size
+        return tables
+
+    @staticmethod
+    def _check_encoder(header: dict[str, Any]) -> None:
+        """Which layers have an encoder, and what it lowered the loss to."""
+        layers = header["model"]["layers"]
+        figures = section(header, "encoder")
+        kept, loss = figures.get("kept"), figures.get("loss")
+        flags = isinstance(kept, list) and len(kept) == layers
+        flags = flags and all(isinstance(good, bool) for good in kept)  # type: ignore[union-attr]
+        require(flags, f"encoder.kept as {layers} times true or false", str(kept)[:80])
+        rows = isinstance(loss, list) and len(loss) == layers
+        rows = rows and all(isinstance(row, list) and len(row) == 2 for row in loss)  # type: ignore[union-attr]
+        rows = rows and all(
+            isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < math.inf
+            for row in loss  # type: ignore[union-attr]
+            for x in row
+        )
+        require(rows, f"encoder.loss as {layers} x 2 numbers of at least 0", str(loss)[:80])
 
     @staticmethod
     def check_values(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """What the numbers must be."""
         from dynmask.policies.gated import Gates
 
-        finite = bool(tensors["share"].isfinite().all())
-        require(finite, "share finite", "NaN or infinity")
-        Gates(**{name: tensor.cpu() for name, tensor in tensors.items()})
+        for name, tensor in tensors.items():
+            finite = tensor.dtype != torch.float32 or bool(tensor.isfinite().all())
+            require(finite, f"{name} finite", "NaN or infinity")
+        tables = {name: x.cpu() for name, x in tensors.items() if not name.startswith("layers.")}
+        Gates(**tables)
 
 
 POLICIES: dict[str, type[DamTensors] | type[RetainedTensors] | type[GatedTensors]] = {

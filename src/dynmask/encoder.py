@@ -11,9 +11,11 @@ table are those that hold the first query and the first key.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +123,19 @@ class BlockEncoder(nn.Module):
         nn.init.normal_(self.of_query, std=self.of_query.shape[1] ** -0.5)
         nn.init.zeros_(self.of_key)
 
+    def of_heads(self, heads: Sequence[int]) -> BlockEncoder:
+        """The encoder of some query heads, equally many of each of their kv heads.
+
+        It computes with the same parameters, and nothing is learned through it.
+        """
+        members = len(self.gain) // len(self.of_key)
+        groups = list(dict.fromkeys(head // members for head in heads))
+        part = copy.copy(self)
+        part._parameters = {}
+        for name, index in (("gain", list(heads)), ("of_query", list(heads)), ("of_key", groups)):
+            setattr(part, name, nn.Parameter(getattr(self, name).detach()[index], False))
+        return part
+
     def summary(self, key: Tensor, first_key: int = 0) -> BlockSummary:
         """What :meth:`forward` takes instead of keys; it can be updated with later ones."""
         return BlockSummary.of(key, self.key_pool, first_key)
@@ -206,12 +221,39 @@ def block_effects(
         Effects and masses, float32 (float64 for float64 queries), both
         [b, h, n, key blocks]; 0 in the future. No gradient. Memory beside them is O(keys).
     """
-    grid = _Grid.of(query, key, block, first_key, block)
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(
             f"value: expected [b, g, k, d] like key {tuple(key.shape)}, received "
             f"{tuple(value.shape)}"
         )
+    effects, masses = _block_maps(query, key, value, block, query_blocks, scale, first_key)
+    return effects, masses
+
+
+def block_masses(
+    query: Tensor,
+    key: Tensor,
+    block: int,
+    query_blocks: Tensor,
+    scale: float | None = None,
+    *,
+    first_key: int = 0,
+) -> Tensor:
+    """How much attention each key block gets, the masses of :func:`block_effects` alone."""
+    return _block_maps(query, key, None, block, query_blocks, scale, first_key)[0]
+
+
+def _block_maps(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    block: int,
+    query_blocks: Tensor,
+    scale: float | None,
+    first_key: int,
+) -> list[Tensor]:
+    """Effects, where there are values, and masses: [b, h, n, key blocks] each."""
+    grid = _Grid.of(query, key, block, first_key, block)
     (batch, heads, queries, dim), groups = query.shape, key.shape[1]
     members = heads // groups
     factor = dim**-0.5 if scale is None else scale
@@ -223,24 +265,25 @@ def block_effects(
         query = query.view(batch, groups, members, queries, dim)
         shape = batch, groups, members, len(row), grid.key_blocks
         wide = torch.promote_types(query.dtype, torch.float32)
-        effects, masses = (torch.zeros(shape, dtype=wide, device=query.device) for _ in range(2))
+        count = 1 if value is None else 2
+        totals = [torch.zeros(shape, dtype=wide, device=query.device) for _ in range(count)]
         padded = grid.key_blocks * block
         # a row has its logits, and what each block adds to its output
-        most = batch * padded * max(1, -(-value.shape[-1] // block))
+        most = batch * padded * max(1, 0 if value is None else -(-value.shape[-1] // block))
         step = max(1, NUMBERS_AT_A_TIME // (most * members))
         for g in range(groups):
             k = in_blocks(_wide(key[:, g : g + 1]), first_key, block).flatten(2, 3)
-            v = in_blocks(_wide(value[:, g : g + 1]), first_key, block)
+            v = None if value is None else in_blocks(_wide(value[:, g : g + 1]), first_key, block)
             for i in range(len(row)):
                 for a in range(0, block, step):
                     own = slice(a, a + step)
                     some = _wide(query[:, g].index_select(2, row[i, own]))
                     hidden = ~grid.reads(position[i, own])
-                    effect, mass = _row_effects(some, k, v, hidden, factor)
-                    weight = share[i, own, None].to(mass.dtype)
-                    for total, x in zip((effects, masses), (effect, mass), strict=True):
+                    found = _row_effects(some, k, v, hidden, factor, block)
+                    weight = share[i, own, None].to(wide)
+                    for total, x in zip(totals, found, strict=True):
                         total[:, g, :, i] += (x * weight).masked_fill(weight == 0, 0).sum(2)
-        return effects.flatten(1, 2), masses.flatten(1, 2)
+        return [total.flatten(1, 2) for total in totals]
 
 
 def encoder_loss(scores: Tensor, effects: Tensor) -> Tensor:
@@ -286,6 +329,7 @@ def encoder_loss_of(
     *,
     query_blocks: int = 16,
     late: float = 0.25,
+    teacher: Literal["effect", "mass"] = "effect",
     scale: float | None = None,
     first_key: int = 0,
 ) -> Tensor:
@@ -300,6 +344,7 @@ def encoder_loss_of(
         key, value: [b, g, k, d].
         query_blocks: query blocks drawn, the same for all of the batch and all heads.
         late: share of them from the last 256 positions, the rest from all others.
+        teacher: what a block is worth: what losing it does to the output, or its attention.
         scale: of the logits, ``d ** -0.5`` when None.
         first_key: position of the first key.
 
@@ -308,6 +353,8 @@ def encoder_loss_of(
         blocks between the first and the own.
     """
     check_whole("query_blocks", query_blocks, 1)
+    if teacher not in ("effect", "mass"):
+        raise ValueError(f"teacher: expected 'effect' or 'mass', received {teacher!r}")
     if not 0 <= late <= 1:
         raise ValueError(f"late: expected a share from 0 to 1, received {late}")
     query, key, value = query.detach(), key.detach(), value.detach()
@@ -317,9 +364,13 @@ def encoder_loss_of(
         return sum((p.sum() for p in encoder.parameters()), torch.zeros((), device=key.device)) * 0
     near = -(-LATE_ROWS // encoder.block)
     drawn = _draw(first, grid.query_blocks, query_blocks, late, query.device, near)
-    effects, _ = block_effects(query, key, value, encoder.block, drawn, scale, first_key=first_key)
+    some = encoder.block, drawn, scale
+    if teacher == "mass":
+        worth = block_masses(query, key, *some, first_key=first_key)
+    else:
+        worth, _ = block_effects(query, key, value, *some, first_key=first_key)
     scores = encoder(query, key, first_key, scale=scale, query_blocks=drawn)
-    return encoder_loss(scores, effects)
+    return encoder_loss(scores, worth)
 
 
 @dataclass(frozen=True)
@@ -393,23 +444,24 @@ class _Grid:
 
 
 def _row_effects(
-    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Effects and masses of rows of one kv head: [b, members, rows, key blocks].
+    query: Tensor, key: Tensor, value: Tensor | None, hidden: Tensor, scale: float, block: int
+) -> list[Tensor]:
+    """Effects, where there are values, and masses of rows of one kv head: [b, m, rows, blocks].
 
-    query [b, members, rows, d], key [b, 1, k, d], value [b, 1, key blocks, block, d].
+    query [b, m, rows, d], key [b, 1, k, d], value [b, 1, key blocks, block, d].
     """
     batch, members, rows, _ = query.shape
-    blocks, block = value.shape[2:4]
     logits = (query.flatten(1, 2) @ key[:, 0].mT).unflatten(1, (members, rows)) * scale
     share = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
-    share = share.view(batch, members * rows, blocks, block).transpose(1, 2)
+    share = share.view(batch, members * rows, -1, block).transpose(1, 2)
     mass = share.sum(-1)
+    if value is None:
+        return [mass.mT.unflatten(1, (members, rows))]
     added = share @ value[:, 0]  # [b, key blocks, rows, d]
     added = added.masked_fill((mass == 0)[..., None], 0)  # whatever lies in the future
     output = added.sum(1, keepdim=True)
     effect = (added - mass[..., None] * output).norm(dim=-1)
-    return tuple(x.mT.unflatten(1, (members, rows)) for x in (effect, mass))  # type: ignore[return-value]
+    return [x.mT.unflatten(1, (members, rows)) for x in (effect, mass)]
 
 
 def _estimate(

@@ -17,17 +17,13 @@ EMPTY = -1
 """Position of a slot without a key."""
 
 
-class Slots:
-    """The memory of a :class:`dynmask.cache.KeyStore`.
+class Rows:
+    """Tensors of several batch rows, and what generation does to the rows: beams, repeats."""
 
-    Args:
-        retention: what a query reads; widths may differ between kv heads.
-        limit: a sliding window on top, its own key counted, or None.
-    """
+    shared: tuple[str, ...] = ()
+    """Names of tensors that are the same for all rows."""
 
-    def __init__(self, retention: Retention, limit: int | None = None) -> None:
-        self.retention = retention
-        self.limit = limit
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
@@ -36,12 +32,92 @@ class Slots:
         """Tokens that each batch row has given so far, padding not counted."""
         self._tensors: dict[str, Tensor] = {}
 
-    # what is in it
-
     @property
     def batch(self) -> int:
         """Batch rows; 0 before the first call."""
         return len(self.seen)
+
+    @property
+    def keys(self) -> Tensor:
+        """The keys."""
+        return self._tensors["keys"]
+
+    @property
+    def values(self) -> Tensor:
+        """The values."""
+        return self._tensors["values"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(x.numel() * x.element_size() for x in self._tensors.values())
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Batch rows and kv heads of the keys."""
+        return self.keys.shape[0], self.keys.shape[1]
+
+    def check_fit(self, key: Tensor, value: Tensor) -> None:
+        """Raise ValueError unless new keys [b, g, n, d] and values are of the kind of the old."""
+        dims = self.keys.shape[-1], self.values.shape[-1]
+        if tuple(key.shape[:2]) != self.size or (key.shape[-1], value.shape[-1]) != dims:
+            raise ValueError(
+                f"key, value: expected {self.size} batch rows and kv heads, head dims {dims[0]} "
+                f"and {dims[1]} as in the store, received {tuple(key.shape)} and "
+                f"{tuple(value.shape)}; reset() it for a new batch"
+            )
+        kinds = [(x.dtype, x.device) for x in (self.keys, self.values, key, value)]
+        if kinds[:2] != kinds[2:]:
+            raise ValueError(
+                f"key, value: expected {kinds[0]} and {kinds[1]} as in the store, received "
+                f"{kinds[2]} and {kinds[3]}; fill and read a store under the same autocast, "
+                "on one device"
+            )
+
+    def reorder(self, index: Tensor | Sequence[int]) -> None:
+        """Batch row i becomes what row ``index[i]`` was: beams, repeats, selections.
+
+        Waits for the device only where rows have seen different numbers of tokens.
+        """
+        if not self._tensors:
+            return
+        at = torch.as_tensor(index, device=self.keys.device)
+        if at.dtype == torch.bool:
+            at = at.nonzero().flatten()
+        same = len(set(self.seen)) == 1
+        self.seen = (
+            self.seen[:1] * len(at) if same else [self.seen[int(row)] for row in at.tolist()]
+        )
+        for name, x in self._tensors.items():
+            if name in self.shared:
+                continue
+            if len(at) == len(x):  # where it was, for captured CUDA graphs
+                x.copy_(x.index_select(0, at))
+            else:
+                with torch.inference_mode(False):
+                    self._tensors[name] = x.index_select(0, at)
+
+    def repeat(self, times: int) -> None:
+        """Each batch row ``times`` times, side by side."""
+        self.reorder([row for row in range(self.batch) for _ in range(times)])
+
+
+class Slots(Rows):
+    """The memory of a :class:`dynmask.cache.KeyStore`.
+
+    Args:
+        retention: what a query reads; widths may differ between kv heads.
+        limit: a sliding window on top, its own key counted, or None.
+    """
+
+    shared = ("width",)
+
+    def __init__(self, retention: Retention, limit: int | None = None) -> None:
+        self.retention = retention
+        self.limit = limit
+        super().__init__()
+
+    # what is in it
 
     @property
     def slots(self) -> int:
@@ -68,39 +144,7 @@ class Slots:
         """float32 [b, g, slots]."""
         return self._tensors["scores"]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(x.numel() * x.element_size() for x in self._tensors.values())
-
-    # the batch
-
-    def reorder(self, index: Tensor | Sequence[int]) -> None:
-        """Batch row i becomes what row ``index[i]`` was: beams, repeats, selections.
-
-        Waits for the device only where rows have seen different numbers of tokens.
-        """
-        if not self._tensors:
-            return
-        at = torch.as_tensor(index, device=self.keys.device)
-        if at.dtype == torch.bool:
-            at = at.nonzero().flatten()
-        same = len(set(self.seen)) == 1
-        self.seen = (
-            self.seen[:1] * len(at) if same else [self.seen[int(row)] for row in at.tolist()]
-        )
-        for name, x in self._tensors.items():
-            if name == "width":
-                continue
-            if len(at) == len(x):  # where it was, for captured CUDA graphs
-                x.copy_(x.index_select(0, at))
-            else:
-                with torch.inference_mode(False):
-                    self._tensors[name] = x.index_select(0, at)
-
-    def repeat(self, times: int) -> None:
-        """Each batch row ``times`` times, side by side."""
-        self.reorder([row for row in range(self.batch) for _ in range(times)])
+    # going back
 
     def crop(self, tokens: int) -> None:
         """Forget the newest ``tokens`` tokens of every row.
@@ -139,21 +183,7 @@ class Slots:
     def _start(self, batch: int, key: Tensor, value: Tensor) -> None:
         """Empty slots for a first call; a later one must fit them."""
         if self._tensors:
-            stored, given = self.keys, key
-            same = (stored.shape[:2], stored.shape[3]) == ((batch, key.shape[1]), key.shape[3])
-            if not same or self.values.shape[3] != value.shape[3]:
-                raise ValueError(
-                    f"key, value: expected {tuple(stored.shape[:2])} batch rows and kv heads, head "
-                    f"dims {stored.shape[3]} and {self.values.shape[3]} as in the store, received "
-                    f"{tuple(given.shape)} and {tuple(value.shape)}; reset() it for a new batch"
-                )
-            kinds = [(x.dtype, x.device) for x in (stored, self.values, given, value)]
-            if kinds[:2] != kinds[2:]:
-                raise ValueError(
-                    f"key, value: expected {kinds[0]} and {kinds[1]} as in the store, received "
-                    f"{kinds[2]} and {kinds[3]}; fill and read a store under the same autocast, "
-                    "on one device"
-                )
+            self.check_fit(key, value)
             return
         heads, device = key.shape[1], key.device
         widths = self._widths(heads)

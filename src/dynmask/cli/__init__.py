@@ -6,6 +6,7 @@ Importing this package reads no model library; every command loads what it needs
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a usage error leaves through ``SystemExit(2)``."""
     top = parser()
     arguments = top.parse_args(argv)
+    arguments.command_line = shlex.join(["dynmask", *(sys.argv[1:] if argv is None else argv)])
     if arguments.command is None:
         top.print_help()
         return USAGE

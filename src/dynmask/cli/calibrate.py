@@ -26,7 +26,9 @@ model stays as it is. They tell which keys later queries will look for, so that
 
 With --policy gated every attention map (layer x head) gets the smallest budget whose
 effect on the model's own predictions is within its share of --max-kl: --policy
-gated:FOLDER reads sinks, a window and the columns that the newest queries look at.
+gated:FOLDER reads sinks, a window and the columns that the newest queries look at, or
+blocks that each part of the text chooses for itself. While it runs, a guard looks
+whether each map keeps as much attention as it did here, and widens those that do not.
 """
 EPILOG = """\
 examples:
@@ -35,6 +37,7 @@ examples:
   dynmask calibrate --model MODEL --text data.jsonl --documents 64 --length 1024 --out card
   dynmask calibrate --model MODEL --policy retained --text long/ --minutes 3 --out kept-card
   dynmask calibrate --model MODEL --policy gated --text long/ --max-kl 0.02 --out gated-card
+  dynmask calibrate --model MODEL --policy gated --text long/ --encoder --out gated-card
 
 Documents that are shorter than --length tokens are joined with the next ones of the
 same source; what is left over is not used.
@@ -45,7 +48,10 @@ OPTIONS = {
     "retained": (
         "minutes", "steps", "lengths", "tokens", "head", "width", "window", "sinks", "checkpoint",
     ),
-    "gated": ("max_kl", "density", "judged", "lengths", "sinks", "checkpoint"),
+    "gated": (
+        "max_kl", "density", "judged", "lengths", "sinks", "checkpoint", "guard", "encoder",
+        "rank", "teacher", "steps", "soft", "strength", "no_blocks",
+    ),
 }  # fmt: skip
 """Which options say something about which policy."""
 SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
@@ -104,7 +110,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--minutes", type=float, default=3.0, help="how long the score heads are trained (3)"
     )
     kept.add_argument(
-        "--steps", type=positive, metavar="N", help="train so many steps, however long it takes"
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="train so many steps, however long it takes (gated, of --encoder: 200)",
     )
     kept.add_argument(
         "--lengths",
@@ -149,6 +158,47 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default=64,
         metavar="N",
         help="tokens of a document that are judged (64)",
+    )
+    gated.add_argument(
+        "--guard",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="attention by which a map may fall short, on a prompt, of the least that it kept "
+        "here, before it is widened for that prompt; 1 never widens (0.25)",
+    )
+    gated.add_argument(
+        "--no-blocks",
+        action="store_true",
+        help="let no map choose blocks: then decode=keep can drop keys whatever is chosen",
+    )
+    gated.add_argument(
+        "--encoder",
+        action="store_true",
+        help="first train a small encoder that tells which blocks a block will look at; it is "
+        "kept in layers where it foretells held-out documents better",
+    )
+    gated.add_argument(
+        "--rank",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="size of the encoder, which may have 1 %% of the model's parameters (16)",
+    )
+    gated.add_argument(
+        "--teacher",
+        choices=("mass", "effect"),
+        default="mass",
+        help="what the encoder learns: the attention of a block, or what losing it changes (mass)",
+    )
+    gated.add_argument(
+        "--soft",
+        action="store_true",
+        help="add a bias to the logits of chosen columns, the lower the less they are looked at; "
+        "the card says what it changes. No map chooses blocks then",
+    )
+    gated.add_argument(
+        "--strength", type=float, default=1.0, help="factor of the bias of --soft (1)"
     )
 
 
@@ -230,11 +280,20 @@ def _retained(arguments: argparse.Namespace, folder: Path) -> int:
 
 def _gated(arguments: argparse.Namespace, folder: Path) -> int:
     """Choose the budget of every map and save the card."""
-    from dynmask.budgets import GatedSettings
+    from dynmask.budgets import BUDGETS, COLUMN_BUDGETS, GatedSettings
     from dynmask.calibrate import calibrate
 
-    names = ("max_kl", "density", "judged", "sinks")
-    settings = GatedSettings(**{name: getattr(arguments, name) for name in names})
+    _refuse_idle(arguments, "encoder", {"steps": None, "teacher": "mass", "rank": 16})
+    _refuse_idle(arguments, "soft", {"strength": 1.0})
+    names = (
+        "max_kl", "density", "judged", "sinks", "guard", "encoder", "rank", "teacher", "soft",
+        "strength",
+    )  # fmt: skip
+    settings = GatedSettings(
+        **{name: getattr(arguments, name) for name in names},
+        steps=arguments.steps or GatedSettings.steps,
+        budgets=COLUMN_BUDGETS if arguments.soft or arguments.no_blocks else BUDGETS,
+    )
     wanted = sorted(set(arguments.lengths))
     model, pieces, _ = _pieces(arguments, wanted, arguments.documents or 2)
     card = calibrate(
@@ -247,6 +306,15 @@ def _gated(arguments: argparse.Namespace, folder: Path) -> int:
         progress=not arguments.quiet,
     )
     return _save(card, folder, arguments.json, f"use it with --policy gated:{folder}")
+
+
+def _refuse_idle(arguments: argparse.Namespace, option: str, others: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for options that say nothing without ``option``."""
+    for name, default in others.items():
+        if not getattr(arguments, option) and getattr(arguments, name) != default:
+            raise ValueError(
+                f"--{name}: expected with --{option}, received without; add it, or leave it out"
+            )
 
 
 def _pieces(

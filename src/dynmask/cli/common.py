@@ -30,7 +30,8 @@ POLICY_HELP = (
     "h2o, snapkv, gated, elastic, flexprefill, xattention, quest, oracle_tokens, oracle_blocks, "
     "each with optional settings as in streaming:sinks=4,window=1024, or dam:FOLDER, "
     "retained:FOLDER or gated:FOLDER with a card made by dynmask calibrate; "
-    "retained:FOLDER,width=512 keeps 512 keys, and budget=per_head spreads them over the heads"
+    "retained:FOLDER,width=512 keeps 512 keys, and budget=per_head spreads them over the heads; "
+    "gated:FOLDER,decode=keep drops what the prompt's last queries did not choose"
 )
 
 
@@ -145,7 +146,7 @@ def policy_label(spec: str) -> str:
 
     if not rest or not takes_card(spec):
         return spec
-    path, options = split_card(rest) if name == "retained" else (rest, {})
+    path, options = split_card(rest, name)
     return ",".join([f"{name}:{Path(path).name}", *(f"{k}={v}" for k, v in options.items())])
 
 

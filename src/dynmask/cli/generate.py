@@ -33,9 +33,11 @@ examples:
   dynmask generate --model MODEL --policy streaming:sinks=4,window=2048 --file long.txt
   cat question.txt | dynmask generate --model MODEL --policy dam:my-card --chat
   dynmask generate --model MODEL --policy retained:my-card,width=512 --file book.txt
+  dynmask generate --model MODEL --policy gated:my-card,decode=keep --file book.txt
 
 Under streaming and retained the cache holds no more keys than a query reads, and the
-prompt goes in a few thousand tokens at a time.
+prompt goes in a few thousand tokens at a time. Under gated it drops, after the prompt,
+what no later token reads; with decode=keep that is all but the chosen keys and a window.
 """
 
 CHUNK = 8192
@@ -96,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
             streamer=streamer,
             pad_token_id=_pad(model, tokenizer),
             **sampling,
-            **_bounded(active, policy, inputs["input_ids"].shape[1]),
+            **_bounded(active, inputs["input_ids"].shape[1]),
         )
         summary = active.summary() if active is not None else None
     new = output[0, inputs["input_ids"].shape[1] :]
@@ -116,18 +118,19 @@ def run(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _bounded(active: Any, policy: Any, tokens: int) -> dict[str, Any]:
-    """Return what makes generate keep only the keys that are still read, if the policy evicts."""
+def _bounded(active: Any, tokens: int) -> dict[str, Any]:
+    """Return what makes generate keep only the keys that are still read, where some are not."""
+    from dynmask import BoundedCache
+    from dynmask.evals.generation import bounded_cache
     from dynmask.policies.base import evicts
 
-    if active is None or not evicts(policy):
-        return {}
-    from dynmask import BoundedCache
-
-    return {
-        "past_key_values": BoundedCache(active),
-        **({"prefill_chunk_size": CHUNK} if tokens > CHUNK else {}),
-    }
+    if active is not None and evicts(active.policy):
+        return {
+            "past_key_values": BoundedCache(active),
+            **({"prefill_chunk_size": CHUNK} if tokens > CHUNK else {}),
+        }
+    cache = bounded_cache(active)
+    return {} if cache is None else {"past_key_values": cache}
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +12,13 @@ from torch import Tensor, nn
 
 from ..attention import attention
 from ..cache import Live
-from ..masks import LifetimeMask, Mask, PlacedMask
-from ..policies import Causal, Layer
+from ..masks import LifetimeMask, Mask, MixedMask, PlacedMask
+from ..policies import Causal, Gated, Layer
 from ..policies.base import evicts
 from .cache import BoundedCache
 from .calls import NO_CALL, Call, take_call
 from .checks import check_call
+from .gated_cache import GatedCache, GatedLayer, Heads
 from .placement import Placement, is_linear
 from .rotary import unrotate_of
 
@@ -30,7 +33,8 @@ class Site(NamedTuple):
         where: its sequences.
         scale: of the logits.
         s_aux: the model's own attention sinks [h], or None.
-        call: what else the module was called with, for policies that evict.
+        call: what else the module was called with, for policies whose cache drops keys.
+        heads: query heads that are asked about; None for all of the layer.
     """
 
     module: nn.Module
@@ -40,6 +44,7 @@ class Site(NamedTuple):
     scale: float
     s_aux: Tensor | None
     call: Call
+    heads: Heads | None = None
 
 
 class Adapter:
@@ -58,6 +63,9 @@ class Adapter:
     def _note(self, site: Site, phase: str, query: Tensor, mask: Mask, bias: Tensor | None) -> None:
         """Hear of an attention call that is about to be computed."""
 
+    def _hear(self, site: Site, phase: str, what: str, maps: Tensor) -> None:
+        """Hear what a policy did beyond its settings; see ``Layer.tell``."""
+
     def _measure(
         self,
         site: Site,
@@ -68,6 +76,9 @@ class Adapter:
         key: Tensor | None,
     ) -> None:
         """Hear of one mask; ``key`` is None where the cache has evicted some."""
+
+    def _count(self, site: Site, phase: str, kept: Callable[[], Tensor], causal: int) -> None:
+        """Hear how many pairs each head of a call has read [h], of how many causal ones."""
 
     def _teach(self, site: Site, groups: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Hear of the queries, keys and values of each sequence of a call."""
@@ -95,13 +106,17 @@ class Adapter:
             # norms and the rotation may have computed in a wider dtype than the projections
             query, key = query.to(value.dtype), key.to(value.dtype)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        call = take_call(module) if evicts(policy) else NO_CALL
+        call = take_call(module) if drops_keys(policy) else NO_CALL
+        if not evicts(policy):  # nothing is scored: keys stay as they were rotated
+            call = call._replace(rotary=None)
         where = self._placement(attention_mask, query, key, sliding_window)
         index = int(module.layer_idx)  # type: ignore[arg-type]
         site = Site(module, index, policy, where, scale, s_aux, call)
         if isinstance(call.cache, BoundedCache):
             linear = attention_mask is not None and is_linear(attention_mask)
             out = self._bounded(site, call.cache, linear, query, key, value)
+        elif isinstance(call.cache, GatedCache):
+            out = self._gated(site, call.cache, attention_mask, query, key, value)
         else:
             out = self._place(site, query, key, value)
         return out.transpose(1, 2).contiguous(), None
@@ -127,21 +142,25 @@ class Adapter:
             q = query[batches, :, span.queries]
             k, v = key[batches, :, span.keys], value[batches, :, span.keys]
             unrotate = unrotate_of(site.module, site.call, batches, span.queries, first_key)
-            layer = Layer(site.index, first_key, unrotate)
+            layer = Layer(site.index, first_key, unrotate, partial(self._hear, site, phase))
             mask, bias = self._ask(site, phase, layer, q, k, v)
             self._measure(site, phase, mask, first_key, q, k)
             masks.append(mask)
             biases.append(bias)
             parts.append((q, k, v))
         self._teach(site, parts)
-        # Plain causal sequences are fastest one by one; others share one plan and one call.
-        if len(groups) > 1 and not all(m.is_causal for m in masks):
+        # Plain causal sequences are fastest one by one, heads of several kinds have no common plan;
+        # others share one plan and one call.
+        apart = all(m.is_causal for m in masks) or any(isinstance(m, MixedMask) for m in masks)
+        if len(groups) > 1 and not apart:
             placed = PlacedMask(tuple(masks), where.spans, batch, queries, key.shape[2])
             bias = None
-            if biases[0] is not None:
-                bias = biases[0].new_zeros(batch, biases[0].shape[1], key.shape[2])
+            given = next((part for part in biases if part is not None), None)
+            if given is not None:
+                bias = given.new_zeros(batch, given.shape[1], key.shape[2])
                 for (batches, span, _), part in zip(groups, biases, strict=True):
-                    bias[batches, :, span.keys] = part
+                    if part is not None:
+                        bias[batches, :, span.keys] = part
             self._note(site, phase, query, placed, bias)
             return self._compute(site, query, key, value, placed, bias)
         self._note(site, phase, query, masks[0], biases[0])
@@ -189,6 +208,22 @@ class Adapter:
             return self._compute(site, q, live.key, live.value, live.mask, bias)
 
         return store.attend(query, key, value, scores, where.spans, compute=compute)
+
+    def _gated(
+        self,
+        site: Site,
+        cache: GatedCache,
+        mask: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        """Attend over what the cache has kept and the new tokens: [b, h, q, dv]."""
+        if not isinstance(cache.layers[site.index], GatedLayer):  # a sliding window of its own
+            return self._place(site._replace(policy=cache.policy), query, key, value)
+        from .gated_call import attend
+
+        return attend(self, site, mask is not None and is_linear(mask), query, key, value)
 
     def _measure_live(
         self, site: Site, phase: str, query: Tensor, live: Live, first: int, seen: list[int]
@@ -241,7 +276,10 @@ class Adapter:
             mask: Any = policy.retention(site.index).mask(scores.detach(), queries)
         else:
             with torch.no_grad():
-                mask = policy(query.detach(), key.detach(), value.detach(), layer)
+                if getattr(policy, "soft", False):
+                    mask, bias = policy.biased(query.detach(), key.detach(), layer)
+                else:
+                    mask = policy(query.detach(), key.detach(), value.detach(), layer)
         if not isinstance(mask, Mask) or (mask.keys, mask.queries) != (keys, queries):
             got = f"{mask.queries} x {mask.keys}" if isinstance(mask, Mask) else type(mask).__name__
             raise ValueError(
@@ -287,6 +325,11 @@ class Adapter:
             where = Placement.from_bool(mask, batch, queries, keys, sliding_window)
         self._placements[name] = weakref.ref(mask), where
         return where
+
+
+def drops_keys(policy: Any) -> bool:
+    """Whether there is a cache that drops keys under a policy."""
+    return evicts(policy) or isinstance(policy, Gated)
 
 
 def _chooses(policy: Any, index: int) -> bool:

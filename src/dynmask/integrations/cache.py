@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from .transformers import Run
 
 
-class BoundedLayer(CacheLayerMixin):
-    """One layer of a :class:`BoundedCache`: counts tokens, and hands new keys through.
+class NewKeysLayer(CacheLayerMixin):
+    """One layer of a cache that counts tokens and hands new keys through.
 
     The attention function puts them in the store, for only it knows which are padding.
     """
@@ -29,11 +30,12 @@ class BoundedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, owner: BoundedCache) -> None:
+    def __init__(self, owner: OwnedCache) -> None:
         super().__init__()
-        self.store: KeyStore | None = None
+        self.store: Any = None
         self.tokens = 0
         self._check = owner.check_in_effect
+        self._kind = type(owner).__name__
         self._waiting = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -46,25 +48,13 @@ class BoundedLayer(CacheLayerMixin):
         self._check()
         if self._waiting:
             raise ValueError(
-                "BoundedCache: expected the model that it was made for, received keys of one whose "
-                "attention is not dynmask's; use the cache with that model only, and reset() it "
-                "after an error"
+                f"{self._kind}: expected the model that it was made for, received keys of one "
+                "whose attention is not dynmask's; use the cache with that model only, and "
+                "reset() it after an error"
             )
         self._waiting = True
         self.tokens += key_states.shape[-2]
         return key_states, value_states
-
-    def arrived(self, retention: Retention, limit: int | None) -> KeyStore:
-        """The store, for the keys of the last update."""
-        self._waiting = False
-        if self.store is None:
-            self.store = KeyStore(retention, limit)
-        if self.store.retention != retention:
-            raise ValueError(
-                f"BoundedCache: expected {self.store.retention} as when it was filled, received a "
-                f"layer with {retention}; make a new cache after a change of the width"
-            )
-        return self.store
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The mask is about the new tokens alone."""
@@ -110,7 +100,81 @@ class BoundedLayer(CacheLayerMixin):
             self.tokens = max(self.tokens + tokens_to_remove, 0)
 
 
-class BoundedCache(Cache):
+class BoundedLayer(NewKeysLayer):
+    """One layer of a :class:`BoundedCache`."""
+
+    store: KeyStore | None
+
+    def arrived(self, retention: Retention, limit: int | None) -> KeyStore:
+        """The store, for the keys of the last update."""
+        self._waiting = False
+        if self.store is None:
+            self.store = KeyStore(retention, limit)
+        if self.store.retention != retention:
+            raise ValueError(
+                f"BoundedCache: expected {self.store.retention} as when it was filled, received a "
+                f"layer with {retention}; make a new cache after a change of the width"
+            )
+        return self.store
+
+
+class OwnedCache(Cache):
+    """A cache for one model under one run (or conversion), refused everywhere else."""
+
+    def _own(self, owner: Any, modules: Iterable[nn.Module]) -> None:
+        """Remember whose cache it is."""
+        # weak references: a copy of the cache is no copy of the model
+        self._owner = weakref.ref(owner)
+        self._modules = {id(m): weakref.ref(m) for m in modules}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers' tensors."""
+        return sum(x.store.nbytes for x in self.layers if x.store is not None)  # type: ignore[union-attr]
+
+    def check_in_effect(self) -> None:
+        """Raise ValueError where the policy that the cache was made for is gone."""
+        from .convert import is_converted
+
+        owner: Any = self._owner()
+        gone = owner is None or (
+            owner.removed if hasattr(owner, "removed") else not is_converted(owner)
+        )
+        if gone:
+            raise ValueError(
+                f"{type(self).__name__}: expected the run that it was made for to be in effect, "
+                "received a call after it was removed (or its model reverted); make a new cache "
+                "for a new run"
+            )
+
+    def _check_layer(self, module: nn.Module, linear: bool) -> None:
+        """Raise ValueError for a layer of another model, or a mask that is not about tokens."""
+        known = self._modules.get(id(module))
+        if known is None or known() is not module:
+            raise ValueError(
+                f"{type(self).__name__}: expected the model that it was made for, received a layer "
+                "of another; make one cache for each model"
+            )
+        if not linear:
+            raise ValueError(
+                "attention_mask: expected a 2-D mask of all tokens so far, or none, received "
+                f"another with a {type(self).__name__}; pass the tokenizer's attention_mask"
+            )
+
+
+def check_rows(where: Placement, seen: Sequence[int]) -> None:
+    """Raise ValueError unless new tokens follow those that each batch row has seen."""
+    for span, first in zip(where.spans, where.first_keys, strict=True):
+        if span.batch >= len(seen) or seen[span.batch] != first:
+            raise ValueError(
+                "attention_mask: expected one that hides the same tokens as before, and as "
+                f"many batch rows, received position {first} for a new token of row "
+                f"{span.batch} after {seen[span.batch] if span.batch < len(seen) else 0} "
+                "tokens; pad on the left, and append ones for new tokens"
+            )
+
+
+class BoundedCache(OwnedCache):
     """Per layer and kv head only the keys that are still read: O(width) memory at any length.
 
     For a model sparsified by a policy that evicts (``Streaming``, ``Retained``), or a converted
@@ -153,29 +217,8 @@ class BoundedCache(Cache):
                 f"BoundedCache: expected attention in each of {layers} layers, received "
                 f"{len(modules)} attention modules; hybrid models keep their own cache"
             )
-        # weak references: a copy of the cache is no copy of the model
-        self._owner = weakref.ref(run)
-        self._modules = {id(m): weakref.ref(m) for m in modules}
+        self._own(run, modules)
         super().__init__(layers=[BoundedLayer(self) for _ in range(layers)])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all layers' tensors."""
-        return sum(x.store.nbytes for x in self.layers if x.store is not None)  # type: ignore[union-attr]
-
-    def check_in_effect(self) -> None:
-        """Raise ValueError where the model no longer evicts."""
-        from .convert import is_converted
-
-        owner: Any = self._owner()
-        gone = owner is None or (
-            owner.removed if hasattr(owner, "removed") else not is_converted(owner)
-        )
-        if gone:
-            raise ValueError(
-                "BoundedCache: expected the run that it was made for to be in effect, received a "
-                "call after it was removed (or its model reverted); make a new cache for a new run"
-            )
 
     def store(
         self,
@@ -187,30 +230,12 @@ class BoundedCache(Cache):
         batch: int,
     ) -> KeyStore:
         """The store of one layer, checked against where the new tokens lie."""
-        known = self._modules.get(id(module))
-        if known is None or known() is not module:
-            raise ValueError(
-                "BoundedCache: expected the model that it was made for, received a layer of "
-                "another; make one cache for each model"
-            )
-        if not linear:
-            raise ValueError(
-                "attention_mask: expected a 2-D mask of all tokens so far, or none, received "
-                "another with a BoundedCache; pass the tokenizer's attention_mask"
-            )
+        self._check_layer(module, linear)
         retention, limit = policy.retention(index), where.window
         if limit is not None and retention.most > retention.sinks + retention.window:
             retention = Retention(limit, limit, 0)
         store = self.layers[index].arrived(retention, limit)  # type: ignore[union-attr]
-        seen = store.seen or [0] * batch
-        for span, first in zip(where.spans, where.first_keys, strict=True):
-            if span.batch >= len(seen) or seen[span.batch] != first:
-                raise ValueError(
-                    "attention_mask: expected one that hides the same tokens as before, and as "
-                    f"many batch rows, received position {first} for a new token of row "
-                    f"{span.batch} after {seen[span.batch] if span.batch < len(seen) else 0} "
-                    "tokens; pad on the left, and append ones for new tokens"
-                )
+        check_rows(where, store.seen or [0] * batch)
         return store
 
 
@@ -233,4 +258,4 @@ def _check_run(run: Any) -> None:
         )
 
 
-__all__ = ["BoundedCache", "BoundedLayer"]
+__all__ = ["BoundedCache", "BoundedLayer", "NewKeysLayer", "OwnedCache", "check_rows"]

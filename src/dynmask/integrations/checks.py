@@ -12,6 +12,7 @@ from ..attention import IMPLS
 from ..policies import Policy
 from .cache import BoundedLayer
 from .calls import arguments
+from .gated_cache import GatedLayer
 
 PREFIX = "dynmask_"
 """How the names of registered runs begin."""
@@ -135,7 +136,9 @@ def check_policy(model: PreTrainedModel, policy: Any, config: Any) -> None:
     policy.check(config.num_hidden_layers, heads, kv_heads)
 
 
-def check_forward(module: nn.Module, args: tuple, kwargs: dict, bounded: bool = False) -> None:
+def check_forward(
+    module: nn.Module, args: tuple, kwargs: dict, bounded: bool = False, gated: bool = False
+) -> None:
     """Refuse forward arguments that would be ignored or misread.
 
     Args:
@@ -143,6 +146,7 @@ def check_forward(module: nn.Module, args: tuple, kwargs: dict, bounded: bool = 
         args: positional arguments.
         kwargs: named arguments.
         bounded: whether the policy can serve a BoundedCache.
+        gated: whether it can serve a GatedCache.
     """
     given = arguments(module, args, kwargs)
     asked = given.get("output_attentions")
@@ -155,7 +159,11 @@ def check_forward(module: nn.Module, args: tuple, kwargs: dict, bounded: bool = 
     if cache is None:
         return
     layers = getattr(cache, "layers", None)
-    known = (*KNOWN_CACHE_LAYERS, BoundedLayer) if bounded else KNOWN_CACHE_LAYERS
+    known = (
+        *KNOWN_CACHE_LAYERS,
+        *((BoundedLayer,) if bounded else ()),
+        *((GatedLayer,) if gated else ()),
+    )
     unknown = (
         [cache]
         if layers is None or isinstance(cache, cache_utils.EncoderDecoderCache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -9,55 +10,20 @@ import torch
 from torch import Tensor
 
 from ..masks import Mask
+from ..policies.guard import DENSE
+from ..policies.kept import kept_mass, sampled_rows
 
 PHASES = ("prefill", "decode")
 
-
-def sampled_rows(queries: int, count: int) -> list[int]:
-    """``count`` rows spread evenly over ``queries``, the last one included."""
-    count = min(count, queries)
-    return [(i + 1) * queries // count - 1 for i in range(count)]
-
-
-def kept_mass(
-    query: Tensor, key: Tensor, mask: Mask, rows: list[int], scale: float, window: int | None
-) -> Tensor:
-    """Share of the model's own attention that lies on the keys which ``mask`` keeps.
-
-    The attention is computed in float32 for the given rows alone, over the keys that the model
-    itself reads (causal, within its sliding window).
-
-    Args:
-        query: [b, h, q, d].
-        key: [b, g, k, d].
-        mask: mask of these queries and keys.
-        rows: query rows.
-        scale: factor on the logits.
-        window: the model's sliding window, or None.
-
-    Returns:
-        float32 [b, h, len(rows)], each between 0 and 1.
-    """
-    groups = key.shape[1]
-    shares = []
-    for row in rows:
-        own = mask.offset + row
-        first = 0 if window is None else max(own + 1 - window, 0)
-        near = key[:, :, first : own + 1].float()
-        logits = torch.einsum(
-            "bgrd,bgkd->bgrk", query[:, :, row].float().unflatten(1, (groups, -1)), near
-        )
-        true = (logits * scale).softmax(-1).flatten(1, 2)
-        kept = mask.dense((row, row + 1))[:, :, 0, first : own + 1]
-        kept = kept.repeat_interleave(true.shape[1] // kept.shape[1], 1)
-        shares.append((true * kept).sum(-1))
-    return torch.stack(shares, -1)
+NOT_LOOKED_AT = -1
+"""Stands for the factor of a map that a guard has not looked at."""
 
 
 class Tally:
     """Densities and kept mass, summed per phase, layer and head without reading the device."""
 
     def __init__(self) -> None:
+        self._warned = False
         self.clear()
 
     def clear(self) -> None:
@@ -67,6 +33,7 @@ class Tally:
         self._kept: dict[tuple[str, int], Tensor] = {}
         self._pairs: Counter[tuple[str, int]] = Counter()
         self._mass: dict[tuple[str, int], list[Tensor]] = {}
+        self._factors: dict[int, list[Tensor]] = {}
 
     def count(self, phase: str, impl: str) -> None:
         """One attention call."""
@@ -83,20 +50,61 @@ class Tally:
         """
         share = mask.density().double()
         share = share.repeat_interleave(heads // share.shape[1], 1).expand(batch, -1)
-        kept = share.sum(0) * mask.causal_pairs()
+        pairs = batch * (mask.causal_pairs() + mask.queries * first_key)
+        self.add_kept(phase, layer, share.sum(0) * mask.causal_pairs(), pairs)
+
+    def add_kept(self, phase: str, layer: int, kept: Tensor, pairs: int) -> None:
+        """Count pairs that each head has read, float64 [h], out of ``pairs`` causal ones."""
         place = phase, layer
         self._kept[place] = kept + self._kept[place].to(kept) if place in self._kept else kept
-        self._pairs[place] += batch * (mask.causal_pairs() + mask.queries * first_key)
+        self._pairs[place] += pairs
 
     def add_mass(self, phase: str, layer: int, shares: Tensor) -> None:
         """Kept shares [b, h, rows] of one call."""
         self._mass.setdefault((phase, layer), []).append(shares.transpose(1, 2).flatten(0, 1))
 
+    def add_widened(self, layer: int, factor: Tensor) -> None:
+        """What the guard of a policy did: factors of one call [b, h], 1 for maps left alone,
+        ``NOT_LOOKED_AT`` for maps of which it was not asked.
+
+        The first time that it did something is warned of.
+        """
+        self._factors.setdefault(layer, []).append(factor)
+        wide = (factor != 1) & (factor != NOT_LOOKED_AT)
+        if not self._warned and bool(wide.any()):
+            self._warned = True
+            heads = ", ".join(map(str, wide.any(0).nonzero().flatten().tolist()))
+            warnings.warn(
+                f"guard: the masks of layer {layer}, heads {heads}, keep less of the attention "
+                "than their card promises; they are widened for this call. Said once a run; "
+                "run.summary()['guard'] counts on. Calibrate with documents like these.",
+                stacklevel=2,
+            )
+
     def summary(self, layers: int) -> dict[str, Any]:
         """Densities and kept mass as plain numbers; see ``Run.summary``."""
         out: dict[str, Any] = {phase: self._phase(phase, layers) for phase in PHASES}
         out["impl"] = dict(self.impl)
+        if self._factors:
+            out["guard"] = self._guard(layers)
         return out
+
+    def _guard(self, layers: int) -> dict[str, Any]:
+        """What the guard did, as plain numbers."""
+        found = {layer: torch.cat(factors) for layer, factors in self._factors.items()}
+        asked = {layer: factor != NOT_LOOKED_AT for layer, factor in found.items()}
+        wide = {layer: asked[layer] & (factor != 1) for layer, factor in found.items()}
+        maps, widened = (sum(int(x.sum()) for x in some.values()) for some in (asked, wide))
+        return {
+            "maps": maps,
+            "widened": widened,
+            "share": widened / maps,
+            "dense": sum(int((factor == DENSE).sum()) for factor in found.values()),
+            "widened_per_head": [
+                (wide[i].sum(0) / asked[i].sum(0).clamp(min=1)).tolist() if i in found else None
+                for i in range(layers)
+            ],
+        }
 
     def _phase(self, phase: str, layers: int) -> dict[str, Any]:
         counted = [i for i in range(layers) if (phase, i) in self._kept]
@@ -128,3 +136,6 @@ def _percentile(values: Tensor, percent: int) -> float:
     """Nearest-rank percentile; torch.quantile refuses more than 16 million values."""
     rank = max(-(-len(values) * percent // 100), 1)
     return float(values.kthvalue(rank).values)
+
+
+__all__ = ["NOT_LOOKED_AT", "PHASES", "Tally", "kept_mass", "sampled_rows"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from ..attention import choose
 from ..masks import Mask
+from ..policies import Gated
 from ..policies.base import evicts
 from .adapter import Adapter, Site
 from .calls import note_call
@@ -34,7 +36,7 @@ from .checks import (
 )
 from .masking import mask_of
 from .rotary import learn_rotaries
-from .tally import Tally, kept_mass, sampled_rows
+from .tally import NOT_LOOKED_AT, Tally, kept_mass, sampled_rows
 
 _numbers = itertools.count()
 
@@ -150,7 +152,10 @@ class Run(Adapter):
             the true attention on kept keys), ``kept_mass_p5`` (its 5th percentile over layers,
             heads and rows), ``kept_mass_per_head`` and ``calls`` (attention calls, one for each
             layer and forward pass). What was not measured is None. ``impl`` counts calls by
-            implementation.
+            implementation. Where the policy has a guard, ``guard`` holds ``maps`` (maps of all
+            layers, sequences and forward passes that it looked at), ``widened`` (how many of them
+            it widened, the dense ones among them), ``share`` (of the maps), ``dense`` and
+            ``widened_per_head`` (layers x heads, shares).
         """
         return self._tally.summary(self._layers)
 
@@ -163,21 +168,22 @@ class Run(Adapter):
             self._before.append((config, config._attn_implementation_internal))
             config._attn_implementation_internal = self._name
 
-        bounded = evicts(self.policy)
+        bounded, gated = evicts(self.policy), isinstance(self.policy, Gated)
 
         def check(module: nn.Module, args: tuple, kwargs: dict) -> None:
             # a mask that the caller has changed in place since is read anew
             self._placements.clear()
-            check_forward(module, args, kwargs, bounded)
+            check_forward(module, args, kwargs, bounded, gated)
 
         hook: Any = torch.compiler.disable(check)
         for module in self.model.modules():
             if isinstance(module, PreTrainedModel):
                 self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        modules = attention_modules(self.model)
         if bounded:
-            note: Any = note_call
-            modules = attention_modules(self.model)
             learn_rotaries(self.model, modules)
+        if bounded or gated:
+            note: Any = note_call
             for module in modules:
                 self._hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
 
@@ -204,6 +210,18 @@ class Run(Adapter):
         sinks = site.s_aux is not None
         impl = choose(query, mask, bias, sinks).impl if self._impl == "auto" else self._impl
         self._tally.count(phase, impl)
+
+    def _hear(self, site: Site, phase: str, what: str, maps: Tensor) -> None:
+        if site.heads is not None:  # maps of the others were not looked at
+            of_all = maps.new_full((len(maps), site.heads.of), NOT_LOOKED_AT)
+            site.heads.put(of_all, maps)
+            maps = of_all
+        self._tally.add_widened(site.index, maps)
+
+    def _count(self, site: Site, phase: str, kept: Callable[[], Tensor], causal: int) -> None:
+        if self._measured:
+            with torch.no_grad():
+                self._tally.add_kept(phase, site.index, kept(), causal)
 
     def _measure(
         self,

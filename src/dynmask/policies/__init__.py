@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
-from typing import Any, get_args, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .base import Layer, Policy
 from .causal import Causal
@@ -44,14 +46,19 @@ FIXED = {
 FROM_CARD = (Dam.name, Retained.name, Gated.name)
 """Policies that a mask card gives, by name; gated also runs without one."""
 
+CARD_OPTIONS = {Retained.name: ("width", "budget"), Gated.name: ("decode",)}
+"""What may follow the path of a card in the text form of its policy."""
+
+_FIELD = re.compile(r"[a-z_]+")
+
 NAMES = tuple(dict.fromkeys((*FIXED, *FROM_CARD)))
 
 
 def parse(spec: str) -> Policy:
     """A policy from its text form: ``name``, ``name:field=value,...`` or ``dam:path-to-card``.
 
-    ``retained:path-to-card`` may be followed by ``,width=512`` and ``,budget=per_head``. ``gated``
-    takes either a card or fields.
+    ``retained:path-to-card`` may be followed by ``,width=512`` and ``,budget=per_head``,
+    ``gated:path-to-card`` by ``,decode=keep``. ``gated`` takes either a card or fields.
 
     Raises:
         ValueError: an unknown name or field, a value of the wrong type or out of range.
@@ -61,7 +68,7 @@ def parse(spec: str) -> Policy:
         return _from_card(name, rest)
     if name not in FIXED:
         raise ValueError(f"policy: expected one of {', '.join(NAMES)}, received {name!r}")
-    known, values = _numbers(name), {}
+    known, values = _settings(name), {}
     for item in filter(None, rest.split(",")):
         field, _, text = item.partition("=")
         try:
@@ -82,34 +89,41 @@ def takes_card(spec: str) -> bool:
     name, _, rest = spec.partition(":")
     if name not in FROM_CARD or name not in FIXED:
         return name in FROM_CARD
-    known = _numbers(name)
-    return not all(item.partition("=")[0] in known for item in filter(None, rest.split(",")))
+    known, items = _settings(name), [item for item in rest.split(",") if item]
+    if all(item.partition("=")[0] in known for item in items):
+        return False
+    # a field that is misspelt is no path, unless there is such a path
+    fields_alone = all(_FIELD.fullmatch(item.partition("=")[0]) and "=" in item for item in items)
+    return not fields_alone or Path(rest).exists()
 
 
-def _numbers(name: str) -> dict[str, type[int] | type[float]]:
-    """The fields of a policy that take a number, and which."""
+def _settings(name: str) -> dict[str, type[int] | type[float] | type[str]]:
+    """The fields of a policy that its text form may set, and how they are read."""
     kind = FIXED[name]
     types = get_type_hints(kind)
-    numbers = {f.name: _number(types[f.name]) for f in fields(kind)}
-    return {field: number for field, number in numbers.items() if number is not None}
+    kinds = {f.name: _kind(types[f.name]) for f in fields(kind)}
+    return {field: found for field, found in kinds.items() if found is not None}
 
 
-def _number(hint: Any) -> type[int] | type[float] | None:
-    """The number that a field takes, alone or beside tables; None where it takes no number."""
+def _kind(hint: Any) -> type[int] | type[float] | type[str] | None:
+    """The number that a field takes, alone or beside tables, or str for words; None for others."""
+    if get_origin(hint) is Literal:
+        return str
     return next((kind for kind in (hint, *get_args(hint)) if kind in (int, float)), None)
 
 
-def split_card(rest: str) -> tuple[str, dict[str, str]]:
+def split_card(rest: str, name: str = Retained.name) -> tuple[str, dict[str, str]]:
     """Path and options of ``path,option=value,...``; a path may hold commas of its own."""
     path, *items = rest.split(",")
     options: dict[str, str] = {}
+    known = CARD_OPTIONS.get(name, ())
     for item in items:
         field, equals, text = item.partition("=")
-        if equals and field in ("width", "budget"):
+        if equals and field in known:
             options[field] = text
         elif options:
             raise ValueError(
-                f"policy retained: expected options width and budget, received {item!r}"
+                f"policy {name}: expected options {' and '.join(known)}, received {item!r}"
             )
         else:
             path += f",{item}"
@@ -118,7 +132,7 @@ def split_card(rest: str) -> tuple[str, dict[str, str]]:
 
 def _from_card(name: str, rest: str) -> Policy:
     """The policy of a card; what it was calibrated for must be what is asked for."""
-    path, texts = split_card(rest) if name == Retained.name else (rest, {})
+    path, texts = split_card(rest, name)
     if not path:
         raise ValueError(
             f"policy: expected {name}:PATH with the folder of a mask card, received {name!r}; "

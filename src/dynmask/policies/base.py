@@ -24,11 +24,15 @@ class Layer:
             cache has dropped older keys.
         unrotate: from keys [b, g, n, d] as the layer rotated them to those before rotation, at
             the positions of this call; None where they were not rotated, or it is not known.
+        tell: hears what a policy did beyond its settings, a name and a number for each map
+            [b, h]: the gated policy's guard tells ``"widened"``, by how much. None if nobody
+            listens.
     """
 
     index: int
     first_key: int = 0
     unrotate: Callable[[Tensor], Tensor] | None = field(default=None, compare=False, repr=False)
+    tell: Callable[[str, Tensor], None] | None = field(default=None, compare=False, repr=False)
 
 
 @runtime_checkable

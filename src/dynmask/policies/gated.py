@@ -2,78 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..masks import LifetimeMask
+from ..encoder import BlockEncoder
+from ..errors import bad
+from ..kernels import ops
+from ..kernels.worth import key_worth
+from ..masks import LifetimeMask, Mask, MixedMask
 from .base import Layer, check_field
-from .weights import causal_weights
-
-
-@dataclass(frozen=True, eq=False)
-class Gates:
-    """What each attention map reads besides the sinks: one number per map, [layers, heads].
-
-    Attributes:
-        window: int32, newest keys, the query's own counted; ``LifetimeMask.INF`` is a dense map.
-        columns: int32, keys that are chosen from the input, at most.
-        share: float32, so many columns more for each key of the input (length-elastic).
-    """
-
-    window: Tensor
-    columns: Tensor
-    share: Tensor
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            x = getattr(self, item.name)
-            kind = torch.float32 if item.name == "share" else torch.int32
-            ok = isinstance(x, Tensor) and x.dtype == kind and x.dim() == 2
-            if not ok or x.shape != self.window.shape:
-                got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(
-                    f"gates.{item.name}: expected {kind} [layers, heads], the same for all, "
-                    f"received {got}"
-                )
-            least = 1 if item.name == "window" else 0
-            if not bool((x >= least).all()):
-                raise ValueError(
-                    f"gates.{item.name}: expected numbers of at least {least}, received "
-                    f"{x.min().item()}"
-                )
-
-    @classmethod
-    def full(cls, layers: int, heads: int) -> Gates:
-        """Every map dense."""
-        window = torch.full((layers, heads), LifetimeMask.INF, dtype=torch.int32)
-        return cls(window, torch.zeros_like(window), torch.zeros(layers, heads))
-
-    @property
-    def dense(self) -> Tensor:
-        """Which maps are dense: bool [layers, heads]."""
-        return self.window == LifetimeMask.INF
-
-    def replaced(self, maps: Tensor, window: int, columns: int = 0, share: float = 0.0) -> Gates:
-        """The same gates, but these numbers where ``maps`` (bool [layers, heads]) is True."""
-        return Gates(
-            torch.where(maps, torch.tensor(window, dtype=torch.int32), self.window),
-            torch.where(maps, torch.tensor(columns, dtype=torch.int32), self.columns),
-            torch.where(maps, torch.tensor(share), self.share),
-        )
-
-    def counts(self, layer: int, keys: int) -> list[int]:
-        """Columns of each head of a layer where there are so many keys."""
-        both = zip(self.columns[layer].tolist(), self.share[layer].tolist(), strict=True)
-        return [min(int(count + share * keys), keys) for count, share in both]
+from .blocks import BlockChoice
+from .gates import Gates
+from .guard import GUARD_ROWS, guarded, widened
 
 
 @dataclass(frozen=True)
 class Gated:
     """Sinks, a window, and the columns that the newest queries look at, each as wide as the gate
-    of the map allows.
+    of the map allows; or, where a gate says so, blocks that each query block chooses for itself.
 
     A key's worth is the largest probability it gets from one of the last queries of a call (the
     question, in a prompt; the query itself, while decoding). The most worthy keys outside sinks
@@ -82,16 +32,38 @@ class Gated:
     window and columns differ from map to map: ``dynmask calibrate --policy gated`` chooses them
     by what they cost the model's output.
 
+    Where what is asked for changes along the input, the newest queries cannot choose for all.
+    Maps with ``blocks`` read sinks and window in whole blocks, and those key blocks that pools of
+    keys promise most attention to the pools of the query block (:mod:`dynmask.encoder`).
+
     Args:
         sinks: first keys that are always read.
         window: newest keys of every map, without gates.
         columns: most keys that a map chooses, without gates.
-        share: so many columns more for each key of the input, without gates.
+        share: so many columns more for each key of the input (blocks for each block), without
+            gates.
         least: worth of a column, at least.
         last: queries that are looked at.
         pool: neighbours whose worth a key takes over, itself counted, odd: what follows a key
             that is found is what is asked for.
-        gates: numbers for each map; they replace window, columns and share.
+        blocks: key blocks that each query block chooses, without gates; needs ``columns=0``.
+        block: positions in a block, of queries and of keys.
+        query_pool, key_pool: positions in a pool; they divide ``block``.
+        gates: numbers for each map; they replace window, columns, share and blocks.
+        encoders: what was trained to score blocks, for each layer or None; the estimate from
+            pools alone where there is none.
+        soft: add to the logits of a map's columns the logarithm of their worth over that of its
+            best column: nothing for that one, the less worthy the more is taken away. What is no
+            column has no bias. A column has it for every query, for those too that had it in
+            their window. Not for maps that choose blocks: the kernels know no bias of blocks.
+        strength: factor of that bias, 0 or more.
+        guard: how far the attention that a map keeps may fall short of its promise before the map
+            is widened for the call (:mod:`dynmask.policies.guard`); None never looks.
+        promise: kept attention that each map is to have, [layers, heads], as a card measured it;
+            what ``guard`` needs.
+        decode: what columns are while tokens are decoded. "select" chooses them anew from all
+            keys for every token. "keep" leaves those that the prompt's last queries chose, so
+            that a ``dynmask.GatedCache``, which it needs, can drop the other keys.
     """
 
     sinks: int = 4
@@ -101,7 +73,17 @@ class Gated:
     least: float = 1e-3
     last: int = 64
     pool: int = 1
+    blocks: int = 0
+    block: int = 64
+    query_pool: int = 8
+    key_pool: int = 8
     gates: Gates | None = field(default=None, compare=False)
+    guard: float | None = None
+    promise: Tensor | None = field(default=None, compare=False)
+    encoders: tuple[BlockEncoder | None, ...] | None = field(default=None, compare=False)
+    soft: bool = False
+    strength: float = 1.0
+    decode: Literal["select", "keep"] = "select"
 
     name: ClassVar[str] = "gated"
     causal: ClassVar[bool] = False
@@ -115,43 +97,213 @@ class Gated:
         check_field(self.name, "least", self.least, 0 <= self.least <= 1, "in [0, 1]")
         odd = self.pool >= 1 and self.pool % 2 == 1
         check_field(self.name, "pool", self.pool, odd, "odd and >= 1")
+        self._check_blocks()
+        if self.decode not in ("select", "keep"):
+            raise bad("gated: decode", "'select' or 'keep'", repr(self.decode))
+        self._check_kinds()
+        if self.guard is not None:
+            check_field(self.name, "guard", self.guard, 0 <= self.guard <= 1, "in [0, 1]")
+            if self.promise is None:
+                raise ValueError(
+                    "gated: expected guard with the kept mass that a card promises, received none "
+                    "of it; use a card made by dynmask calibrate, or leave guard out"
+                )
+
+    def _check_blocks(self) -> None:
+        """Raise ValueError for sizes that are none, and for columns beside blocks."""
+        for name, least in (("blocks", 0), ("block", 1), ("query_pool", 1), ("key_pool", 1)):
+            value = getattr(self, name)
+            check_field(self.name, name, value, value >= least, f">= {least}")
+        for name in ("query_pool", "key_pool"):
+            fits = self.block % getattr(self, name) == 0
+            check_field(self.name, name, getattr(self, name), fits, f"that divides {self.block}")
+        if self.gates is None and self.blocks and self.columns:
+            raise bad(
+                "gated", "columns or blocks", f"columns={self.columns} and blocks={self.blocks}",
+                "Pass columns=0 beside blocks.",
+            )  # fmt: skip
+
+    def _check_kinds(self) -> None:
+        """Raise ValueError for options that the kinds of maps, or each other, rule out."""
+        check_field(self.name, "strength", self.strength, self.strength >= 0, ">= 0")
+        chooses = self.blocks > 0 if self.gates is None else bool(self.gates.blocks.any())
+        if chooses and self.soft:
+            raise bad(
+                "gated: soft", "maps that choose columns", "maps that choose blocks",
+                "Only columns have a bias: leave soft out, or calibrate with "
+                "budgets=dynmask.budgets.COLUMN_BUDGETS.",
+            )  # fmt: skip
+        if self.soft and self.decode == "keep":
+            raise bad(
+                "gated: soft", "decode='select', where each token weighs its columns", "'keep'",
+                "Leave one of the two out.",
+            )  # fmt: skip
+        if chooses and self.decode == "keep":
+            raise bad(
+                "gated: decode", "'select' where maps choose blocks", "'keep'",
+                "Blocks are chosen anew for every token: leave decode out, or calibrate with "
+                "budgets=dynmask.budgets.COLUMN_BUDGETS.",
+            )  # fmt: skip
 
     def check(self, layers: int, heads: int, kv_heads: int) -> None:
-        """Gates must be those of a model of this shape."""
-        if self.gates is not None and tuple(self.gates.window.shape) != (layers, heads):
-            raise ValueError(
-                f"gated: expected gates for {layers} layers of {heads} heads, received "
-                f"{tuple(self.gates.window.shape)}; calibrate this model"
-            )
+        """Gates and encoders must be those of a model of this shape."""
+        tables = {"gates": None if self.gates is None else self.gates.window}
+        for name, table in (tables | {"promise": self.promise}).items():
+            if table is not None and tuple(table.shape) != (layers, heads):
+                raise ValueError(
+                    f"gated: expected {name} for {layers} layers of {heads} heads, received "
+                    f"{tuple(table.shape)}; calibrate this model"
+                )
+        if self.encoders is not None:
+            sizes = [(len(e.gain), len(e.of_key)) for e in self.encoders if e is not None]
+            if len(self.encoders) != layers or set(sizes) - {(heads, kv_heads)}:
+                raise bad(
+                    "gated",
+                    f"encoders for {layers} layers of {heads} heads and {kv_heads} kv heads",
+                    f"{len(self.encoders)} of {sizes[:1]}",
+                    "Calibrate this model.",
+                )
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> LifetimeMask:
-        """Window, sinks and columns of each head, as deaths [b, h, keys]."""
-        batch, heads, queries, _ = query.shape
-        keys = key.shape[2]
-        window, counts = self._budgets(layer.index, heads, keys)
-        if min(window) >= keys:
-            return LifetimeMask.causal(keys, queries, device=key.device)
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Mask:
+        """What each head reads: lifetimes, key blocks, or some heads the one, some the other."""
+        return self.biased(query, key, layer)[0]
+
+    def biased(self, query: Tensor, key: Tensor, layer: Layer) -> tuple[Mask, Tensor | None]:
+        """The mask, and what ``soft`` adds to the logits of keys: float32 [b, h, keys], or None."""
+        if self.decode == "keep" and query.shape[2] == 1 < key.shape[2]:
+            raise bad(
+                "gated: decode",
+                "a cache that knows what the prompt chose",
+                "a decoded token with 'keep' and another cache",
+                "Pass past_key_values=dynmask.GatedCache(run), or use decode='select'.",
+            )
+        if self.guard is None or self.promise is None or query.shape[2] < GUARD_ROWS:
+            return self._mask(query, key, layer)
+        least = self.promise[layer.index].cpu() - self.guard
+        made, factor = guarded(query, key, least, lambda f: self._mask(query, key, layer, f))
+        if factor is not None and layer.tell is not None:
+            layer.tell("widened", factor)
+        return made
+
+    def windows(self, layer: int, heads: int) -> list[int]:
+        """The window of each query head of a layer; ``LifetimeMask.INF`` where it is dense."""
+        return [self.window] * heads if self.gates is None else self.gates.window[layer].tolist()
+
+    def chooses(self, layer: int, heads: int) -> list[bool]:
+        """Which query heads of a layer choose columns or blocks."""
+        if self.gates is None:
+            return [self.columns > 0 or self.share > 0 or self.blocks > 0] * heads
+        tables = (self.gates.columns, self.gates.share, self.gates.blocks)
+        return torch.stack([table[layer] > 0 for table in tables]).any(0).tolist()
+
+    def frees(self, layer: int, heads: int, kv_heads: int) -> list[bool]:
+        """Which kv heads of a layer have keys that none of their query heads reads again."""
+        free = torch.tensor(self.windows(layer, heads)) < LifetimeMask.INF
+        if self.decode == "select":
+            free &= ~torch.tensor(self.chooses(layer, heads))
+        return free.view(kv_heads, -1).all(-1).tolist()
+
+    def of_heads(self, heads: Sequence[int], keys: int | None = None) -> Gated:
+        """The policy of some query heads of every layer, as if they were all.
+
+        With ``keys`` that of a sequence of so many keys, whatever is left of them.
+        """
+        gates, promise, encoders, own = self.gates, self.promise, self.encoders, list(heads)
+        if gates is not None:
+            gates = Gates(*(getattr(gates, item.name)[:, own] for item in fields(gates)))
+        if promise is not None:
+            promise = promise[:, own]
+        if encoders is not None:
+            encoders = tuple(None if e is None else e.of_heads(own) for e in encoders)
+        policy = replace(self, gates=gates, promise=promise, encoders=encoders)
+        if keys is None:
+            return policy
+        if gates is not None:
+            columns = (gates.share.double() * keys + gates.columns).clamp(max=keys).int()
+            columns, chooses = columns.masked_fill(gates.blocks > 0, 0), gates.blocks > 0
+            gates = replace(gates, columns=columns, share=gates.share * chooses)
+        if self.blocks:
+            return replace(policy, gates=gates)
+        columns = int(self.columns + self.share * keys)
+        return replace(policy, gates=gates, columns=columns, share=0.0)
+
+    def _mask(
+        self, query: Tensor, key: Tensor, layer: Layer, factor: Tensor | None = None
+    ) -> tuple[Mask, Tensor | None]:
+        """Mask and bias of gates, or of gates so many times as wide: ``factor`` [b, h]."""
+        heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+        window, columns, blocks = self._budgets(layer.index, heads, keys, factor)
+        if int(window.min()) >= keys:
+            return LifetimeMask.causal(keys, queries, device=key.device), None
+        own = blocks.any(0).nonzero().flatten().tolist()
+        if not own:
+            return self._lifetimes(query, key, layer, window, columns)
+        sinks = max(self.sinks - layer.first_key, 0)
+        wide = window[:, own].clamp(max=keys)
+        choice = self._choice(layer.index, key.device)
+        chosen = choice.mask(query, key, own, wide, sinks, blocks[:, own])
+        if len(own) == heads:
+            return chosen, None
+        window = window.clone()
+        window[:, own] = 0  # the other part reads for them
+        others, bias = self._lifetimes(query, key, layer, window, columns)
+        return MixedMask((others, chosen), tuple(int(head in own) for head in range(heads))), bias
+
+    def _choice(self, layer: int, device: torch.device) -> BlockChoice:
+        """How the maps of a layer that choose blocks do it."""
+        encoder = None if self.encoders is None else self.encoders[layer]
+        if encoder is not None:
+            encoder = encoder.to(device)  # stays there
+        return BlockChoice(self.block, self.query_pool, self.key_pool, encoder)
+
+    def _lifetimes(
+        self, query: Tensor, key: Tensor, layer: Layer, window: Tensor, columns: Tensor
+    ) -> tuple[LifetimeMask, Tensor | None]:
+        """Window, sinks and columns as deaths [b, h, keys], and the bias of columns.
+
+        Maps without a window read nothing.
+        """
+        batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
         k = torch.arange(keys, device=key.device)
-        width = torch.tensor(window).to(key.device, non_blocking=True)[:, None]
-        death = (k + width).clamp(max=LifetimeMask.INF)  # [h, keys] int64: the sum may pass INF
-        death[:, : max(self.sinks - layer.first_key, 0)] = LifetimeMask.INF
-        death = death.int().expand(batch, -1, -1)
-        most = max(counts)
+        width = window.to(key.device, non_blocking=True)[..., None]
+        death = (k + width).clamp(max=LifetimeMask.INF)  # int64: the sum may pass INF
+        sinks = death[..., : max(self.sinks - layer.first_key, 0)]
+        sinks.masked_fill_(width > 0, LifetimeMask.INF)
+        death, bias = death.int().expand(batch, -1, -1), None
+        most = int(columns.max())
         if most:
             death = death.clone()  # every batch row has columns of its own
             chosen, worth = self._columns(query, key, width, layer.first_key, most)
-            limit = torch.tensor(counts).to(key.device, non_blocking=True)[:, None]
+            limit = columns.to(key.device, non_blocking=True)[..., None]
             keep = (torch.arange(most, device=key.device) < limit) & (worth >= self.least)
             old = death.gather(-1, chosen)
             death.scatter_(-1, chosen, old.masked_fill(keep, LifetimeMask.INF))
-        reads = max(w + c for w, c in zip(window, counts, strict=True)) + self.sinks
-        return LifetimeMask(death, queries, most=min(keys, reads))
+            if self.soft:
+                score = worth.clamp(min=torch.finfo(worth.dtype).tiny).log()
+                score = (score - score[..., :1]).masked_fill(~keep, 0).float() * self.strength
+                bias = torch.zeros_like(death, dtype=torch.float32).scatter_(-1, chosen, score)
+        reads = int((window + columns).max()) + self.sinks
+        return LifetimeMask(death, queries, most=min(keys, reads)), bias
 
-    def _budgets(self, layer: int, heads: int, keys: int) -> tuple[list[int], list[int]]:
-        """Window and columns of each head."""
+    def _budgets(
+        self, layer: int, heads: int, keys: int, factor: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Window, columns and blocks of each head, on the host: int64 [b or 1, h] each."""
+        number = -(-keys // self.block)
         if self.gates is not None:
-            return self.gates.window[layer].tolist(), self.gates.counts(layer, keys)
-        return [self.window] * heads, [min(int(self.columns + self.share * keys), keys)] * heads
+            window, columns, blocks = self.gates.of(layer, keys, self.block)
+        else:
+            window = torch.full((heads,), self.window)
+            columns, blocks = torch.zeros_like(window), torch.zeros_like(window)
+            if self.blocks:
+                blocks += min(int(self.blocks + self.share * number), number)
+            else:
+                columns += min(int(self.columns + self.share * keys), keys)
+        whole = (blocks > 0) & (window + blocks * self.block >= keys)
+        window, blocks = window.masked_fill(whole, LifetimeMask.INF), blocks.masked_fill(whole, 0)
+        if factor is not None:
+            return widened(factor, keys, number, window, columns, blocks)
+        return window[None], columns[None], blocks[None]
 
     def _columns(
         self, query: Tensor, key: Tensor, width: Tensor, first_key: int, most: int
@@ -161,20 +313,13 @@ class Gated:
         What sinks and the last row's window hold is worth nothing here: it is read anyway.
         """
         rows, keys = query[:, :, -self.last :], key.shape[2]
-        last, members = rows.shape[2], query.shape[1] // key.shape[1]
-        position = torch.arange(keys - last, keys, device=key.device)[:, None]
-        k = torch.arange(keys, device=key.device)
-        parts = []
-        for g, some in enumerate(rows.split(members, 1)):  # all heads at once are gigabytes
-            share = causal_weights(some, key[:, g : g + 1])
-            own = width[g * members : (g + 1) * members, :, None]
-            near = k > position - own  # in the window of that row
-            parts.append(share.masked_fill_(near, 0).amax(-2))
-        worth = torch.cat(parts, 1)
+        worth_to = ops.key_worth if ops.fused(key.device) else key_worth
+        worth = worth_to(rows, key, width[..., 0])
         if self.pool > 1:
             worth = torch.nn.functional.max_pool1d(worth, self.pool, 1, self.pool // 2)
         worth[..., : max(self.sinks - first_key, 0)] = 0
         if self.pool > 1:  # what spread into the newest row's window is read anyway
+            k = torch.arange(keys, device=key.device)
             worth.masked_fill_(k > keys - 1 - width, 0)
         found = worth.topk(most, -1)
         return found.indices, found.values

@@ -1,0 +1,360 @@
+"""GatedCache: a transformers cache that drops the keys which a gated policy never reads again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..errors import bad
+from ..masks import LifetimeMask
+from ..masks.base import check_whole
+from ..policies import Gated
+from ..ragged import RaggedStore, WholeStore
+from .cache import NewKeysLayer, OwnedCache, check_rows
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .placement import Placement
+    from .transformers import Run
+
+
+class Heads:
+    """Some of the heads in dimension 1 of a tensor."""
+
+    def __init__(self, numbers: Sequence[int], of: int) -> None:
+        self.numbers = list(numbers)
+        self.of = of
+        first, last = (self.numbers[0], self.numbers[-1]) if self.numbers else (0, -1)
+        self.run = slice(first, last + 1) if last - first + 1 == len(self.numbers) else None
+        self.all = len(self.numbers) == of
+        self._index: dict[torch.device, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def take(self, x: Tensor) -> Tensor:
+        """These heads of ``x``: a view where they lie side by side."""
+        return x if self.all else x[:, self._at(x.device)]
+
+    def put(self, out: Tensor, x: Tensor) -> None:
+        """Write ``x`` to these heads of ``out``."""
+        out[:, self._at(out.device)] = x.to(out.dtype)
+
+    def _at(self, device: torch.device) -> Any:
+        if self.run is not None:
+            return self.run
+        if device not in self._index:
+            self._index[device] = torch.tensor(self.numbers, device=device)
+        return self._index[device]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """Which heads of a layer drop keys, and by what rules.
+
+    Attributes:
+        index: number of the layer.
+        policy: asked about all heads.
+        members: query heads of a kv head.
+        windows: of each query head; ``LifetimeMask.INF`` where it is dense.
+        chooses: which query heads choose columns.
+        freed, whole: kv heads that drop keys, and those that keep all.
+        freed_queries, whole_queries: their query heads.
+        whole_policy: asked about the query heads of ``whole``.
+        keeps: what a call of many tokens chose is read by those of one token that follow.
+    """
+
+    index: int
+    policy: Gated
+    members: int
+    windows: tuple[int, ...]
+    chooses: tuple[bool, ...]
+    freed: Heads
+    whole: Heads
+    freed_queries: Heads
+    whole_queries: Heads
+    whole_policy: Gated
+    keeps: bool
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, policy: Gated, index: int, heads: int, kv_heads: int) -> LayerPlan:
+        """The plan of a layer of so many heads."""
+        members = heads // kv_heads
+        free = policy.frees(index, heads, kv_heads)
+
+        freed, whole = (
+            Heads([g for g in range(kv_heads) if free[g] is wanted], kv_heads)
+            for wanted in (True, False)
+        )
+        freed_queries, whole_queries = (_queries(some, members) for some in (freed, whole))
+        asked = replace(policy, decode="select")
+        return cls(
+            index=index,
+            policy=asked,
+            members=members,
+            windows=tuple(policy.windows(index, heads)),
+            chooses=tuple(policy.chooses(index, heads)),
+            freed=freed,
+            whole=whole,
+            freed_queries=freed_queries,
+            whole_queries=whole_queries,
+            whole_policy=asked.of_heads(whole_queries.numbers),
+            keeps=policy.decode == "keep",
+        )
+
+    def __deepcopy__(self, memo: Any) -> LayerPlan:
+        return self  # nothing changes it
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the kv heads that keep all keys have maps that do not read all."""
+        finite = any(self.windows[h] < LifetimeMask.INF for h in self.whole_queries.numbers)
+        return self.keeps and finite
+
+    def store(self) -> LayerStore:
+        """An empty one."""
+        ragged = whole = None
+        if len(self.freed):
+            own = [self.windows[h] for h in self.freed_queries.numbers]
+            m = self.members
+            grouped = [own[i : i + m] for i in range(0, len(own), m)]
+            ragged = RaggedStore(grouped, self.policy.sinks)
+        if len(self.whole):
+            own = [self.windows[h] for h in self.whole_queries.numbers]
+            whole = WholeStore(own if self.remembers else None, self.policy.sinks)
+        return LayerStore(ragged, whole)
+
+    def queries_of(self, kv: Heads) -> Heads:
+        """The query heads of some kv heads."""
+        return _queries(kv, self.members)
+
+    def of_queries(self, name: str, heads: Heads, device: torch.device) -> Tensor:
+        """``windows`` (int64) or ``chooses`` (bool) of some query heads: [h, 1], copied once."""
+        at = name, tuple(heads.numbers), device
+        if at not in self.memo:
+            values = getattr(self, name)
+            self.memo[at] = torch.tensor([[values[h]] for h in heads.numbers], device=device)
+        return self.memo[at]
+
+
+def _queries(kv: Heads, members: int) -> Heads:
+    """The query heads of some kv heads."""
+    return Heads([g * members + m for g in kv.numbers for m in range(members)], kv.of * members)
+
+
+@dataclass
+class LayerStore:
+    """What a layer keeps: the kv heads that drop keys and those that do not."""
+
+    ragged: RaggedStore | None
+    whole: WholeStore | None
+
+    @property
+    def seen(self) -> list[int]:
+        """Tokens of each batch row; empty before the first call."""
+        store = self.ragged or self.whole
+        assert store is not None
+        return store.seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(store.nbytes for store in self._stores())
+
+    def check_fit(self, plan: LayerPlan, key: Tensor, value: Tensor) -> None:
+        """Raise ValueError unless new keys [b, g, n, d] and values are of the kind of the old."""
+        if self.seen:
+            for store, heads in ((self.ragged, plan.freed), (self.whole, plan.whole)):
+                if store is not None:
+                    store.check_fit(heads.take(key), heads.take(value))
+
+    def reorder(self, index: Tensor | Sequence[int]) -> None:
+        """Batch row i becomes what row ``index[i]`` was."""
+        for store in self._stores():
+            store.reorder(index)
+
+    def repeat(self, times: int) -> None:
+        """Each batch row several times."""
+        for store in self._stores():
+            store.repeat(times)
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest tokens; ValueError where keys were dropped."""
+        if self.ragged is not None:
+            self.ragged.crop(tokens)
+        if self.whole is not None:
+            self.whole.crop(tokens)
+
+    def _stores(self) -> list[RaggedStore | WholeStore]:
+        return [store for store in (self.ragged, self.whole) if store is not None]
+
+
+class GatedLayer(NewKeysLayer):
+    """One layer of a :class:`GatedCache`."""
+
+    store: LayerStore | None
+
+    def __init__(self, owner: GatedCache, plan: LayerPlan, prompt: int) -> None:
+        super().__init__(owner)
+        self.plan = plan
+        self.prompt = prompt
+
+    def arrived(self) -> LayerStore:
+        """The store, for the keys of the last update."""
+        self._waiting = False
+        if self.store is None:
+            self.store = self.plan.store()
+        return self.store
+
+    def in_prompt(self, tokens: int) -> bool:
+        """Whether so many tokens are less than the prompt that was announced."""
+        return tokens < self.prompt
+
+
+class GatedCache(OwnedCache):
+    """Per layer and kv head only the keys that a gated policy reads again.
+
+    For a model sparsified by ``Gated``::
+
+        with dynmask.sparsify(model, policy) as run:
+            model.generate(**inputs, past_key_values=dynmask.GatedCache(run))
+
+    A kv head drops keys where all query heads of its group have a window and no columns, or,
+    under ``decode="keep"``, a window. It then holds sinks, the columns of its query heads and the
+    widest of their windows; each query head still reads its own. Other kv heads keep all keys.
+    Outputs are those of the same policy, and the same choice of columns, over all keys.
+
+    A call of several tokens ends with a choice: its last queries choose the columns, from what is
+    still there, that are read until the next such call. So a second turn chooses anew, and a
+    prompt that comes in chunks loses with every chunk what its last queries did not look at. Say
+    how long such a prompt is, and nothing that could be a column is dropped before its end::
+
+        cache = dynmask.GatedCache(run, prompt=inputs["input_ids"].shape[1])
+        model.generate(**inputs, past_key_values=cache, prefill_chunk_size=4096)
+
+    Batches padded on the left, beam search, sampling and continuing a conversation work. Layers
+    with a sliding window of their own have transformers' cache and choose anew for every token.
+    Forgetting tokens (``crop``) works until the first key was dropped. A ``copy.deepcopy`` is a
+    fork. The guard of a policy looks at what is still there; kept mass is measured in the call
+    that begins a sequence.
+
+    Args:
+        run: what ``sparsify`` returned.
+        prompt: tokens of a prompt that comes in chunks, padding counted.
+
+    Raises:
+        ValueError: a run whose policy is not gated, or was removed, or drops nothing.
+    """
+
+    def __init__(self, run: Run, prompt: int = 0) -> None:
+        from .checks import attention_modules, decoder_config
+
+        policy = _policy_of(run)
+        check_whole("prompt", prompt, 0)
+        config = decoder_config(run.model)
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        layers: list[Any] = DynamicCache(config=run.model.config).layers
+        others = {type(x) for x in layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+        if others:
+            raise bad(
+                "GatedCache",
+                "attention with keys of its own in every layer",
+                sorted(kind.__name__ for kind in others)[0],
+                "Hybrid models keep their own cache.",
+            )
+        plans = {
+            index: LayerPlan.of(policy, index, heads, kv_heads)
+            for index, layer in enumerate(layers)
+            if type(layer) is DynamicLayer
+        }
+        if policy.decode == "select" and not any(len(plan.freed) for plan in plans.values()):
+            raise bad(
+                "GatedCache",
+                "a policy that leaves keys unread for good in some kv head",
+                "one whose every kv head has a dense map or one that chooses columns anew for "
+                "each token, or a model whose layers have sliding windows",
+                "Use decode='keep', or leave the cache to generate().",
+            )
+        self._own(run, attention_modules(run.model))
+        self.policy = replace(policy, decode="select")
+        for index, plan in plans.items():
+            layers[index] = GatedLayer(self, plan, prompt)
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers' tensors."""
+        return sum(_layer_bytes(layer) for layer in self.layers)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, given as a negative number; all layers or none."""
+        for layer in self.layers:
+            store = layer.store if isinstance(layer, GatedLayer) else None
+            if store is not None and store.ragged is not None and tokens_to_remove:
+                store.ragged.check_crop()
+        super().crop(tokens_to_remove)
+
+    def arrived(
+        self,
+        module: nn.Module,
+        layer: GatedLayer,
+        where: Placement,
+        linear: bool,
+        key: Tensor,
+        value: Tensor,
+    ) -> LayerStore:
+        """The store of one layer, checked against the new tokens and where they lie."""
+        self._check_layer(module, linear)
+        if where.window is not None:
+            raise bad(
+                "GatedCache",
+                "a sliding window in the model's configuration",
+                f"one of {where.window} keys in layer {layer.plan.index} alone",
+                "Leave the cache to generate().",
+            )
+        store = layer.arrived()
+        check_rows(where, store.seen or [0] * len(key))
+        store.check_fit(layer.plan, key, value)
+        return store
+
+
+def _policy_of(run: Any) -> Gated:
+    """The policy of a run in effect."""
+    if not hasattr(run, "removed"):
+        raise bad(
+            "GatedCache", "the run that sparsify returned", type(run).__name__,
+            "See dynmask.sparsify.",
+        )  # fmt: skip
+    if run.removed:
+        raise bad(
+            "GatedCache", "a run in effect", "one that was removed",
+            "Call dynmask.sparsify again.",
+        )  # fmt: skip
+    if not isinstance(run.policy, Gated):
+        raise bad(
+            "GatedCache",
+            "a gated policy",
+            f"{run.policy.name}",
+            "Policies that only evict have dynmask.BoundedCache; leave the cache of others to "
+            "generate().",
+        )
+    return run.policy
+
+
+def _layer_bytes(layer: Any) -> int:
+    """Bytes of a layer of whatever kind."""
+    if isinstance(layer, GatedLayer):
+        return 0 if layer.store is None else layer.store.nbytes
+    held = (getattr(layer, name, None) for name in ("keys", "values"))
+    return sum(x.nbytes for x in held if isinstance(x, Tensor))
+
+
+__all__ = ["GatedCache", "GatedLayer", "Heads", "LayerPlan", "LayerStore"]

@@ -1,0 +1,93 @@
+"""Gates: what each attention map (layer x head) may read, as tables of numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..masks import LifetimeMask
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """What each attention map reads besides the sinks: one number per map, [layers, heads].
+
+    Attributes:
+        window: int32, newest keys, the query's own counted; ``LifetimeMask.INF`` is a dense map.
+        columns: int32, keys that are chosen from the input, at most.
+        share: float32, so many columns more for each key of the input, or so many blocks for each
+            block of it (length-elastic).
+        blocks: int32, key blocks that each query block chooses, in place of columns; 0 in all
+            maps when None.
+    """
+
+    window: Tensor
+    columns: Tensor
+    share: Tensor
+    blocks: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.blocks is None:
+            object.__setattr__(self, "blocks", torch.zeros_like(self.columns))
+        for item in fields(self):
+            x = getattr(self, item.name)
+            kind = torch.float32 if item.name == "share" else torch.int32
+            ok = isinstance(x, Tensor) and x.dtype == kind and x.dim() == 2
+            if not ok or x.shape != self.window.shape:
+                got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(
+                    f"gates.{item.name}: expected {kind} [layers, heads], the same for all, "
+                    f"received {got}"
+                )
+            least = 1 if item.name == "window" else 0
+            if not bool((x >= least).all()):
+                raise ValueError(
+                    f"gates.{item.name}: expected numbers of at least {least}, received "
+                    f"{x.min().item()}"
+                )
+        both = (self.columns > 0) & (self.blocks > 0)
+        if bool(both.any()):
+            layer, head = both.nonzero()[0].tolist()
+            raise ValueError(
+                f"gates: expected columns or blocks of a map, received both for layer {layer}, "
+                f"head {head}"
+            )
+
+    @classmethod
+    def full(cls, layers: int, heads: int) -> Gates:
+        """Every map dense."""
+        window = torch.full((layers, heads), LifetimeMask.INF, dtype=torch.int32)
+        return cls(window, torch.zeros_like(window), torch.zeros(layers, heads))
+
+    @property
+    def dense(self) -> Tensor:
+        """Which maps are dense: bool [layers, heads]."""
+        return self.window == LifetimeMask.INF
+
+    def replaced(
+        self, maps: Tensor, window: int, columns: int = 0, share: float = 0.0, blocks: int = 0
+    ) -> Gates:
+        """The same gates, but these numbers where ``maps`` (bool [layers, heads]) is True."""
+        return Gates(
+            torch.where(maps, torch.tensor(window, dtype=torch.int32), self.window),
+            torch.where(maps, torch.tensor(columns, dtype=torch.int32), self.columns),
+            torch.where(maps, torch.tensor(share), self.share),
+            torch.where(maps, torch.tensor(blocks, dtype=torch.int32), self.blocks),
+        )
+
+    def of(self, layer: int, keys: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Window, columns and blocks of each head of a layer, of so many keys: int64 [h] each.
+
+        ``block`` is the size of a block; columns and blocks are at most what there is.
+        """
+        share, chooses = self.share[layer].double(), self.blocks[layer] > 0
+        wide = (share * keys + self.columns[layer]).long().clamp(max=keys)
+        number = -(-keys // block)
+        many = (share * number + self.blocks[layer]).long().clamp(max=number)
+        return (
+            self.window[layer].long(),
+            wide.masked_fill(chooses, 0),
+            many.masked_fill(~chooses, 0),
+        )
