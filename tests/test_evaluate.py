@@ -408,6 +408,35 @@ def test_losses_made_in_slices_are_those_of_one_pass(monkeypatch):
     assert "forward" not in vars(model.model)
 
 
+def test_divergence_on_text_is_that_of_all_positions(monkeypatch):
+    """Against both models' logits, made in float64 by hand; slices change nothing."""
+    from dynmask.evals import perplexity as module
+
+    model, tokenizer = stand_in_model(), stand_in_tokenizer()
+    text = " ".join(f"line {i} says {i * i}" for i in range(60))
+    policy = Streaming(sinks=1, window=8)
+    monkeypatch.setattr(module, "LOGIT_ELEMENTS", VOCABULARY * 37)
+    settings = {"text": text, "n": 2, "length": 90, "edges": [0, 90], "progress": False}
+    both = perplexity(model, tokenizer, {"streaming": policy, "full": None}, **settings)
+    streaming, full = both.rows  # in the order of the caller
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    expected = []
+    for start in (0, len(ids) - 90):
+        piece = ids[None, start : start + 90]
+        with torch.no_grad():
+            p = model(piece).logits[0, :-1].double().log_softmax(-1)
+            with attend(model, policy):
+                q = model(piece).logits[0, :-1].double().log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum(-1).mean()
+        expected.append((float(kl), float((p.argmax(-1) == q.argmax(-1)).double().mean())))
+    mean = [sum(pair) / 2 for pair in zip(*expected, strict=True)]
+    assert streaming.kl == pytest.approx(mean[0], rel=1e-3) and streaming.kl > 0
+    assert streaming.agreement == pytest.approx(mean[1]) and streaming.agreement < 1
+    assert (full.kl, full.agreement) == (None, None)
+    alone = perplexity(model, tokenizer, {"streaming": policy}, **settings).rows[0]
+    assert alone.kl is None and alone.perplexity == pytest.approx(streaming.perplexity, rel=1e-5)
+
+
 def test_bucket_edges_double():
     assert bucket_edges(1000) == [0, 256, 512, 1000]
     assert bucket_edges(100) == [0, 100]

@@ -1,7 +1,8 @@
 """Evaluations: one task is one file; a report says what a mask cost and what it kept.
 
 ``evaluate`` asks a task's questions under several policies; ``dynmask.evals.perplexity`` reads
-long text; ``dynmask.evals.plots`` and ``dynmask.evals.gallery`` draw.
+long text; ``dynmask.evals.harness`` asks the lm-evaluation-harness's tasks; ``write_page``,
+``dynmask.evals.plots`` and ``dynmask.evals.gallery`` draw.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .document_qa import DocumentQA
     from .engine import Interrupted, evaluate
     from .lines import Lines
     from .longeval import LongEval
     from .needle import Needle
+    from .page import write_page
     from .report import Report
     from .ruler import Ruler
     from .task import Item, Task
 
 __all__ = [
+    "DocumentQA",
     "Interrupted",
     "Item",
     "Lines",
@@ -27,9 +31,11 @@ __all__ = [
     "Ruler",
     "Task",
     "evaluate",
+    "write_page",
 ]
 
 _FILES = {
+    "DocumentQA": ".document_qa",
     "Interrupted": ".engine",
     "Item": ".task",
     "Lines": ".lines",
@@ -39,6 +45,7 @@ _FILES = {
     "Ruler": ".ruler",
     "Task": ".task",
     "evaluate": ".engine",
+    "write_page": ".page",
 }
 
 

@@ -26,6 +26,7 @@ from .generation import (
     divergence,
     greedy,
     is_full,
+    needed_cache,
     own_summary,
     stop_tokens,
     text_config,
@@ -47,6 +48,7 @@ MEANS = (
     "kept_mass_decode",
     "kl",
     "agreement",
+    "widened",
     "selection_seconds",
 )
 MEDIANS = ("prefill_seconds", "ms_per_token")
@@ -207,8 +209,18 @@ class _Run:
                     bar.update()
 
     def generate(self, name: str | None, item: Item, ids: Tensor, impl: str) -> Generation:
-        with attend(self.model, self.policies[name] if name else None, impl):
-            return greedy(self.model, ids, item.max_new_tokens, stop=self.stop, keep_logits=True)
+        with attend(self.model, self.policies[name] if name else None, impl) as run:
+            return self.greedily(run, item, ids)
+
+    def greedily(self, run: Any, item: Item, ids: Tensor) -> Generation:
+        return greedy(
+            self.model,
+            ids,
+            item.max_new_tokens,
+            stop=self.stop,
+            keep_logits=True,
+            cache=needed_cache(run),
+        )
 
     def answer(
         self,
@@ -224,7 +236,7 @@ class _Run:
         policy = self.policies[name]
         measures = {"measure": True, "measure_rows": measure_rows}
         with attend(self.model, policy, impl, **measures) as run:
-            answer = greedy(self.model, ids, item.max_new_tokens, stop=self.stop, keep_logits=True)
+            answer = self.greedily(run, item, ids)
             measured = (
                 run.summary()
                 if run is not None
@@ -251,6 +263,7 @@ class _Run:
             kept_mass_decode=decode["kept_mass"],
             kl=kl,
             agreement=agreement,
+            widened=measured.get("guard", {}).get("share"),
             density_per_head=prefill["density_per_head"],
             kept_mass_per_head=prefill["kept_mass_per_head"],
             selection_seconds=measured.get("selection_seconds"),
@@ -284,8 +297,8 @@ class _Run:
         policy = self.policies[name]
         if (name, item.group) not in self.warm:
             # The scoring pass warms up what it runs; a resumed run may have scored nothing.
-            with attend(self.model, policy, impl):
-                greedy(self.model, ids, 2)
+            with attend(self.model, policy, impl) as active:
+                greedy(self.model, ids, 2, cache=needed_cache(active))
             self.warm.add((name, item.group))
         with attend(self.model, policy, impl) as active, PeakMemory(self.device) as memory:
             run = greedy(self.model, ids, new_tokens, cache=bounded_cache(active))

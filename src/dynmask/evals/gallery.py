@@ -25,9 +25,11 @@ __all__ = [
     "Recorder",
     "block_average",
     "card_pictures",
+    "last_row",
     "mask_gallery",
     "picture_of",
     "record_masks",
+    "recorder_of",
 ]
 
 RESOLUTION = 192  # pixels along each axis of one mask
@@ -40,13 +42,15 @@ class MaskPicture:
     """What one layer's mask lets through, reduced to pixels.
 
     ``share`` is float [heads, pixels, pixels]: the kept part of each pixel's causal pairs, NaN
-    above the diagonal. ``density`` is float [heads] over the whole mask.
+    above the diagonal. ``density`` is float [heads] over the whole mask. ``last`` is bool
+    [heads, keys]: what the last query reads.
     """
 
     layer: int
     share: Tensor
     density: Tensor
     keys: int
+    last: Tensor | None = None
 
 
 def block_average(mask: Any, resolution: int = RESOLUTION) -> Tensor:
@@ -86,11 +90,14 @@ class Recorder:
     Args:
         policy: the policy that is asked.
         resolution: pixels along each axis.
+        pictures: layer -> picture, filled while the model runs.
+        decoded: layer -> what the token decoded last reads, bool [heads, keys]; filled likewise.
     """
 
     policy: Any
     resolution: int = RESOLUTION
     pictures: dict[int, MaskPicture] = field(default_factory=dict)
+    decoded: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -114,9 +121,15 @@ class Recorder:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Any) -> Any:
         """Return the policy's mask, keeping its picture."""
         mask = self.policy(query, key, value, layer)
-        if query.shape[2] > 1:
-            self.pictures[layer.index] = picture_of(mask, layer.index, self.resolution)
+        self.keep(mask, layer.index, query.shape[2])
         return mask
+
+    def keep(self, mask: Any, layer: int, queries: int) -> None:
+        """Keep a picture of a prefill's mask, or the row of a decoded token."""
+        if queries > 1:
+            self.pictures[layer] = picture_of(mask, layer, self.resolution)
+        else:
+            self.decoded[layer] = last_row(mask)
 
 
 class EvictingRecorder(Recorder):
@@ -129,8 +142,10 @@ class EvictingRecorder(Recorder):
     def scores(self, key: Tensor, value: Tensor, layer: Any) -> Tensor:
         """Return the policy's scores, keeping the picture of the mask that they give."""
         scores = self.policy.scores(key, value, layer)
-        mask = self.policy.retention(layer.index).mask(scores, key.shape[2])
-        self.pictures[layer.index] = picture_of(mask, layer.index, self.resolution)
+        # Only keys are told: the first call of a layer is its prefill, later ones decode.
+        queries = 1 if layer.index in self.pictures else key.shape[2]
+        mask = self.policy.retention(layer.index).mask(scores, queries)
+        self.keep(mask, layer.index, queries)
         return scores
 
     def bias(self, scores: Tensor, layer: Any) -> Tensor | None:
@@ -141,7 +156,19 @@ class EvictingRecorder(Recorder):
 def picture_of(mask: Any, layer: int, resolution: int = RESOLUTION) -> MaskPicture:
     """Return the picture of a layer's mask."""
     density = mask.density()[0].float().cpu()
-    return MaskPicture(layer, block_average(mask, resolution), density, mask.keys)
+    share = block_average(mask, resolution)
+    return MaskPicture(layer, share, density, mask.keys, last_row(mask))
+
+
+def last_row(mask: Any) -> Tensor:
+    """Return what the last query of batch row 0 reads: bool [heads, keys]."""
+    return mask.dense(rows=(mask.queries - 1, mask.queries))[0, :, 0].cpu()
+
+
+def recorder_of(policy: Any, resolution: int = RESOLUTION) -> Recorder:
+    """Return the recorder that fits a policy."""
+    kind = EvictingRecorder if evicts(policy) else Recorder
+    return kind(policy, resolution)
 
 
 def record_masks(
@@ -161,8 +188,7 @@ def record_masks(
         ValueError: if the policy does not fit the model.
     """
     check_policies(model, {policy.name: policy})
-    kind = EvictingRecorder if evicts(policy) else Recorder
-    recorder = kind(policy, resolution)
+    recorder = recorder_of(policy, resolution)
     asked = recorder if draw else policy
     with (
         torch.inference_mode(),

@@ -19,6 +19,7 @@ __all__ = [
     "divergence",
     "greedy",
     "is_full",
+    "needed_cache",
     "own_summary",
     "stop_tokens",
     "text_config",
@@ -125,16 +126,27 @@ def attend(
 
 def bounded_cache(run: Any) -> Any:
     """Return a cache of the keys that a run still reads; None where every key may be read again."""
+    from dynmask.policies import Gated
     from dynmask.policies.base import evicts
 
-    if run is None or not evicts(run.policy):
+    if run is None:
         return None
-    from dynmask.integrations.cache import BoundedCache
+    import dynmask
 
     try:
-        return BoundedCache(run)
-    except ValueError:  # a hybrid model keeps its own cache
+        if evicts(run.policy):
+            return dynmask.BoundedCache(run)
+        if isinstance(run.policy, Gated):
+            return dynmask.GatedCache(run)
+    except ValueError:  # a hybrid model keeps its own cache, and gates may need every key
         return None
+    return None
+
+
+def needed_cache(run: Any) -> Any:
+    """Return the cache without which a run's policy cannot decode; None where it needs none."""
+    decode = getattr(getattr(run, "policy", None), "decode", None)
+    return bounded_cache(run) if decode == "keep" else None
 
 
 def _cache_bytes(cache: Any) -> int | None:

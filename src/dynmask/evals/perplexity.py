@@ -1,4 +1,4 @@
-"""Perplexity by position: how well a model predicts long real text under each policy.
+"""Perplexity by position, and divergence: how a model predicts long real text under each policy.
 
 A mask that loses what is far away shows here as a loss that stops falling with the position. The
 text is read in one forward pass, as a prefill is; see ``Row.causal`` for policies that choose
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from .engine import Interrupted, check_policies, mean, mean_per_head, progress_bar
-from .generation import attend, own_summary, text_config
+from .generation import attend, is_full, own_summary, text_config
 from .journal import policy_fingerprint
 from .provenance import environment
 from .report import Bucket, Report, Row
 from .text import haystack_lines
 
-__all__ = ["bucket_edges", "perplexity", "token_losses"]
+__all__ = ["bucket_edges", "last_hidden", "perplexity", "text_divergence", "token_losses"]
 
 LOGIT_ELEMENTS = 2**26  # at most this many logits at a time: 256 MiB in float32
 
@@ -41,12 +41,13 @@ def bucket_edges(length: int, first: int = 256) -> list[int]:
 
 
 @torch.inference_mode()
-def token_losses(model: torch.nn.Module, ids: Tensor) -> Tensor:
+def token_losses(model: torch.nn.Module, ids: Tensor, hidden: Tensor | None = None) -> Tensor:
     """Return the negative log-likelihood (nats) of tokens 1 to length - 1 given all before each.
 
     Args:
         model: a Hugging Face causal language model.
         ids: token ids [1, length], length at least 2.
+        hidden: what :func:`last_hidden` returned, to spare the forward pass.
 
     Returns:
         float32 [length - 1] on the CPU.
@@ -63,21 +64,51 @@ def token_losses(model: torch.nn.Module, ids: Tensor) -> Tensor:
         torch.nn.functional.cross_entropy(
             logits.float(), ids[0, first + 1 : last + 1].long(), reduction="none"
         ).cpu()
-        for first, last, logits in _logits(model, ids)
+        for first, last, logits in _logits(model, ids, hidden)
     ]
     return torch.cat(losses)
 
 
-def _logits(model: Any, ids: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+@torch.inference_mode()
+def last_hidden(model: Any, ids: Tensor) -> Tensor | None:
+    """Return the hidden states [1, length, d] that the head reads; None if it cannot be told."""
+    body = getattr(model, "base_model", model)
+    return None if body is model else body(input_ids=ids, use_cache=False).last_hidden_state
+
+
+@torch.inference_mode()
+def text_divergence(
+    model: torch.nn.Module, ids: Tensor, reference: Tensor, hidden: Tensor
+) -> tuple[float, float]:
+    """Return KL(reference || other) in nats and the share of positions with the same choice.
+
+    Both are means over the positions but the last, of the next-token distributions that the head
+    gives for two hidden states [1, length, d]; logits are made a slice of positions at a time.
+    """
+    total, same = 0.0, 0
+    pairs = zip(_logits(model, ids, reference), _logits(model, ids, hidden), strict=True)
+    for (_, _, p), (_, _, q) in pairs:
+        log_p, log_q = (logits.float().log_softmax(-1) for logits in (p, q))
+        total += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+    count = ids.shape[1] - 1
+    return max(total / count, 0.0), same / count
+
+
+def _logits(
+    model: Any, ids: Tensor, hidden: Tensor | None = None
+) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (first, last, logits [last - first, vocabulary]) for all positions but the last."""
     length = ids.shape[1] - 1
     body = getattr(model, "base_model", model)
     step = max(1, LOGIT_ELEMENTS // text_config(model).vocab_size)
-    if body is model or length <= step:
+    if hidden is None and (body is model or length <= step):
         output = model(input_ids=ids, use_cache=False)
         yield 0, length, output.logits[0, :length]
         return
-    hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+    if hidden is None:
+        hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+    assert hidden is not None
     for first in range(0, length, step):
         last = min(first + step, length)
         # The model's own forward runs on top of a slice of the hidden states, so that whatever it
@@ -142,7 +173,10 @@ def perplexity(
     impl: str = "auto",
     progress: bool = True,
 ) -> Report:
-    """Return perplexity by position bucket, density and kept mass per policy.
+    """Return perplexity by position bucket, divergence, density and kept mass per policy.
+
+    Divergence is that of the next-token distributions from those of the first policy that reads
+    everything, ``None`` or causal, at every position; without one it is not measured.
 
     Args:
         model: a Hugging Face causal language model.
@@ -190,32 +224,49 @@ def perplexity(
         "measure_rows": measure_rows,
         "impl": impl,
     }
-    rows: list[Row] = []
-    complete = False
+    full = next((name for name, policy in policies.items() if is_full(policy)), None)
+    references: list[Tensor | None] = [None] * len(pieces)
+    done: dict[str, Row] = {}
     try:
         with progress_bar(len(policies) * len(pieces), "perplexity", progress) as bar:
-            for name, policy in policies.items():
+            # What the others are compared with comes first.
+            for name in sorted(policies, key=lambda name: name != full):
+                policy = policies[name]
                 bar.set_postfix_str(name)
                 results = []
-                for piece in pieces:
-                    results.append(_measure(model, policy, piece.to(device), measure_rows, impl))
+                for index, piece in enumerate(pieces):
+                    ids, reference = piece.to(device), references[index]
+                    result, hidden = _measure(model, policy, ids, measure_rows, impl, reference)
+                    if name == full and hidden is not None and len(policies) > 1:
+                        references[index] = hidden.cpu()
+                    results.append(result)
                     bar.update()
-                rows.append(_row(name, policy, results, edges, f"{length} tokens"))
-        complete = True
+                done[name] = _row(name, policy, results, edges, f"{length} tokens")
     except KeyboardInterrupt as interrupt:
-        raise Interrupted(Report("perplexity", header, tuple(rows), (), complete)) from interrupt
-    return Report("perplexity", header, tuple(rows), (), complete)
+        rows = tuple(done[name] for name in policies if name in done)
+        raise Interrupted(Report("perplexity", header, rows, (), False)) from interrupt
+    return Report("perplexity", header, tuple(done[name] for name in policies), (), True)
 
 
 def _measure(
-    model: torch.nn.Module, policy: Any, ids: Tensor, measure_rows: int, impl: str
-) -> dict[str, Any]:
+    model: torch.nn.Module,
+    policy: Any,
+    ids: Tensor,
+    measure_rows: int,
+    impl: str,
+    reference: Tensor | None,
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Return what one policy did with one piece, and the hidden states."""
+    kl = agreement = None
     with attend(model, policy, impl, measure=True, measure_rows=measure_rows) as run:
-        losses = token_losses(model, ids)
+        hidden = last_hidden(model, ids)
+        losses = token_losses(model, ids, hidden)
+        if hidden is not None and reference is not None:
+            kl, agreement = text_divergence(model, ids, reference.to(hidden), hidden)
         summary = (
             run.summary() if run is not None else own_summary(model, ids.shape[1], 0, measure_rows)
         )
-    return {"losses": losses, **summary["prefill"]}
+    return {"losses": losses, "kl": kl, "agreement": agreement, **summary["prefill"]}, hidden
 
 
 def _row(
@@ -230,7 +281,7 @@ def _row(
             buckets.append(Bucket(start, stop, part.numel(), float(part.mean())))
     means: dict[str, Any] = {
         key: mean(result[key] for result in results)
-        for key in ("density", "kept_mass", "kept_mass_p5")
+        for key in ("density", "kept_mass", "kept_mass_p5", "kl", "agreement")
     }
     return Row(
         policy=name,

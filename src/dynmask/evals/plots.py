@@ -13,9 +13,19 @@ from typing import Any
 
 import torch
 
-from .report import ItemResult, Report, Row
+from .points import MEASURES, Point, frontier, is_reference, points
+from .report import ItemResult, Report
 
-__all__ = ["draw_report", "figure_of", "heads", "heatmap", "pareto", "save_figure"]
+__all__ = [
+    "depth_bands",
+    "draw_report",
+    "figure_of",
+    "heads",
+    "heatmap",
+    "pareto",
+    "pareto_of",
+    "save_figure",
+]
 
 
 def figure_of() -> tuple[Any, Any]:
@@ -100,50 +110,109 @@ def heads(
 
 
 def pareto(report: Report, path: str | os.PathLike[str]) -> Path:
-    """Draw accuracy (perplexity where there is none) against density, one point per row.
+    """Draw accuracy, divergence and perplexity, what there is of them, against density.
 
     Raises:
-        ValueError: if no row has both.
+        ValueError: if no row has a density and one of them.
     """
-    points: list[tuple[Row, float, float]] = []
-    for row in report.rows:
-        value = row.accuracy if row.accuracy is not None else row.perplexity
-        if row.density is not None and value is not None:
-            points.append((row, row.density, value))
-    if not points:
-        raise ValueError("report: expected rows with a density and a result, received none")
-    matplotlib, figure_type = figure_of()
-    figure = figure_type(figsize=(7, 4.6), layout="constrained")
-    axis = figure.subplots()
-    colours = matplotlib.colormaps["tab10"].colors
-    policies = list(dict.fromkeys(row.policy for row in report.rows))
-    markers = "osD^vP*X"
-    answers = report.rows[0].accuracy is not None
-    scale = 100 if answers else 1
-    for row, density, value in points:
-        colour = colours[policies.index(row.policy) % 10]
-        marker = markers[report.groups.index(row.group) % len(markers)]
-        error = None
-        if row.accuracy_interval is not None:
-            low, high = row.accuracy_interval
-            error = [[scale * max(value - low, 0)], [scale * max(high - value, 0)]]
-        axis.errorbar(
-            100 * density,
-            scale * value,
-            yerr=error,
-            marker=marker,
-            color=colour,
-            capsize=2,
-            markersize=7,
-            elinewidth=1,
-            linestyle="",
+    title = f"{report.task}: quality against density"
+    return pareto_of(report.rows, path, title=title, caption=report.caption())
+
+
+def pareto_of(
+    rows: Iterable[Any], path: str | os.PathLike[str], *, title: str, caption: str
+) -> Path:
+    """Draw quality against density from rows of reports or of ``benchmarks/results``.
+
+    One panel for each measure, one colour for each policy, one marker for each group; full
+    attention is a star. A thin line joins the widths of a policy; a dotted one joins what no other
+    policy beats, where all points are of one group.
+
+    Args:
+        rows: rows of a report, or mappings as in result files; those without a density or without
+            any measure are left out.
+        path: the file to write.
+        title: the heading.
+        caption: model, n, device and seed.
+
+    Raises:
+        ValueError: if nothing can be drawn.
+    """
+    several = list(rows)
+    panels = {measure: points(several, measure) for measure in MEASURES}
+    # full attention alone says nothing about divergence from full attention
+    panels = {
+        measure: found
+        for measure, found in panels.items()
+        if found and (measure != "kl" or not all(point.reference for point in found))
+    }
+    if not panels:
+        raise ValueError(
+            "rows: expected some with a density and a result, received none; take rows of a "
+            "report or of a result file that has accuracy, kl or perplexity"
         )
-    _legend(matplotlib, axis, policies, report.groups, colours, markers)
+    matplotlib, figure_type = figure_of()
+    figure = figure_type(figsize=(4.6 * len(panels) + 2.6, 4.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    every = [point for found in panels.values() for point in found]
+    policies = list(dict.fromkeys(point.policy for point in every))
+    groups = list(dict.fromkeys(point.group for point in every))
+    colours = matplotlib.colormaps["tab10"].colors
+    style = {
+        (name, group): (
+            "black" if is_reference(name) else colours[i % 10],
+            "*" if is_reference(name) else MARKERS[j % len(MARKERS)],
+        )
+        for i, name in enumerate(policies)
+        for j, group in enumerate(groups)
+    }
+    for axis, (measure, found) in zip(axes, panels.items(), strict=True):
+        _pareto_panel(matplotlib, axis, measure, found, style)
+    _legend(matplotlib, axes[-1], policies, groups, style)
+    figure.suptitle(title, fontsize=11)
+    return save_figure(figure, path, caption)
+
+
+MARKERS = "osD^vPX"
+
+
+def _pareto_panel(
+    matplotlib: Any,
+    axis: Any,
+    measure: str,
+    found: Sequence[Point],
+    style: Mapping[tuple[str, str], tuple[Any, str]],
+) -> None:
+    kind = MEASURES[measure]
+    floor = 0.5 * min((p.value for p in found if p.value > 0), default=1e-6)
+    for point in found:
+        colour, marker = style[point.policy, point.group]
+        value = max(point.value, floor) if measure == "kl" else point.value
+        error = None
+        if point.low is not None and point.high is not None:
+            error = [[max(value - point.low, 0)], [max(point.high - value, 0)]]
+        axis.errorbar(
+            100 * point.density, value, yerr=error, marker=marker, color=colour, capsize=2,
+            markersize=10 if point.reference else 7, elinewidth=1, linestyle="",
+        )  # fmt: skip
+    curves = [(frontier(found, kind.better), "0.5", ":")]
+    if len({point.group for point in found}) > 1:
+        curves = []
+    for at, (colour, _) in style.items():
+        own = [point for point in found if (point.policy, point.group) == at]
+        curves.append((sorted(own, key=lambda point: point.width or 0), colour, "-"))
+    for curve, colour, line in curves:
+        heights = [max(p.value, floor) if measure == "kl" else p.value for p in curve]
+        densities = [100 * p.density for p in curve]
+        axis.plot(densities, heights, line, color=colour, linewidth=1, alpha=0.7, zorder=0)
     axis.set_xscale("log")
     axis.set_xlabel("density: kept pairs / causal pairs, prefill, % (log)")
-    axis.set_ylabel("right answers, % (bars: 95 %)" if answers else "perplexity")
-    if answers:
+    axis.set_ylabel(kind.words + (" (bars: 95 %)" if kind.interval else ""))
+    if measure == "accuracy":
         axis.set_ylim(-4, 104)
+    if measure == "kl":
+        axis.set_yscale("log")
+        axis.set_ylabel(f"{kind.words} (log; 0 at the foot)")
     plain = matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}")
     axis.xaxis.set_major_formatter(plain)
     low, high = axis.get_xlim()
@@ -151,8 +220,6 @@ def pareto(report: Report, path: str | os.PathLike[str]) -> Path:
     axis.xaxis.set_minor_formatter(plain if high < 12 * low else matplotlib.ticker.NullFormatter())
     axis.tick_params(axis="x", which="minor", labelsize=7)
     axis.grid(alpha=0.25)
-    axis.set_title(f"{report.task}: quality against density")
-    return save_figure(figure, path, report.caption())
 
 
 def _legend(
@@ -160,18 +227,18 @@ def _legend(
     axis: Any,
     policies: list[str],
     groups: list[str],
-    colours: Sequence[Any],
-    markers: str,
+    style: Mapping[tuple[str, str], tuple[Any, str]],
 ) -> None:
     line = matplotlib.lines.Line2D
-    handles = [
-        line([], [], color=colours[i % 10], marker="o", linestyle="", label=name)
-        for i, name in enumerate(policies)
-    ]
+    handles = []
+    for name in policies:
+        colour = style[name, groups[0]][0]
+        marker = "*" if is_reference(name) else "o"
+        handles.append(line([], [], color=colour, marker=marker, linestyle="", label=name))
     if len(groups) > 1:
         handles += [
-            line([], [], color="0.4", marker=markers[i % len(markers)], linestyle="", label=group)
-            for i, group in enumerate(groups)
+            line([], [], color="0.4", marker=MARKERS[j % len(MARKERS)], linestyle="", label=group)
+            for j, group in enumerate(groups)
         ]
     axis.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
@@ -191,7 +258,7 @@ def heatmap(report: Report, path: str | os.PathLike[str]) -> Path:
             "as needle, whose items say where the evidence stands"
         )
     _, figure_type = figure_of()
-    bands = _depth_bands(items)
+    bands = depth_bands(items)
     groups = list(dict.fromkeys(item.group for item in items))
     policies = list(dict.fromkeys(item.policy for item in items))
     columns = min(3, len(policies))
@@ -241,7 +308,7 @@ def heatmap(report: Report, path: str | os.PathLike[str]) -> Path:
     return save_figure(figure, path, report.caption())
 
 
-def _depth_bands(items: Iterable[ItemResult]) -> list[tuple[float, float]]:
+def depth_bands(items: Iterable[ItemResult]) -> list[tuple[float, float]]:
     """Return the depths asked for, or ten equal bands when they are drawn at random."""
     depths = sorted({round(float(item.meta["depth"]), 4) for item in items})
     if len(depths) <= 12:
@@ -259,7 +326,7 @@ def draw_report(report: Report, directory: str | os.PathLike[str]) -> list[Path]
     """
     folder = Path(directory)
     written: list[Path] = []
-    if any(row.density is not None for row in report.rows):
+    if any(points(report.rows, measure) for measure in ("accuracy", "perplexity")):
         written.append(pareto(report, folder / f"{report.task}-pareto.png"))
     if any(isinstance(item.meta.get("depth"), int | float) for item in report.items):
         written.append(heatmap(report, folder / f"{report.task}-heatmap.png"))

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class ItemResult:
     Densities and masses are means over layers and heads, from 0 to 1; ``None`` means not measured.
     ``kl`` is KL(full || policy) in nats of the next-token distributions, over the generated
     positions up to and including the first where the two answers part; ``agreement`` is the share
-    of these positions at which both would choose the same token.
+    of these positions at which both would choose the same token. ``widened`` is the share of the
+    prompt's maps that the guard of a gated policy made wider than its card says.
     """
 
     policy: str
@@ -55,6 +56,7 @@ class ItemResult:
     kept_mass_decode: float | None = None
     kl: float | None = None
     agreement: float | None = None
+    widened: float | None = None
     density_per_head: list[list[float] | None] | None = None
     kept_mass_per_head: list[list[float] | None] | None = None
     selection_seconds: float | None = None
@@ -83,7 +85,8 @@ class Row:
     is in bytes above the level at which the phase began; ``cache_bytes`` is the cache at the end of
     a timed run, bounded where the policy evicts. ``difference`` is the accuracy less that
     of the baseline on the same items. For perplexity, ``n`` counts documents and ``buckets`` is
-    filled; ``right`` and ``accuracy`` are ``None``.
+    filled; ``right`` and ``accuracy`` are ``None``. ``metrics`` is what a task that is not our own
+    reports by itself, by name.
     """
 
     policy: str
@@ -103,6 +106,7 @@ class Row:
     kept_mass_decode: float | None = None
     kl: float | None = None
     agreement: float | None = None
+    widened: float | None = None
     prefill_seconds: float | None = None
     ms_per_token: float | None = None
     peak_memory_bytes: int | None = None
@@ -112,6 +116,7 @@ class Row:
     perplexity: float | None = None
     density_per_head: list[list[float] | None] | None = None
     kept_mass_per_head: list[list[float] | None] | None = None
+    metrics: dict[str, float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,8 @@ class Report:
         rows: one per policy and group, in the order of the run.
         items: the result of every item under every policy.
         complete: false when the run was interrupted.
+        timing: the timed runs, one entry for each policy and timed item.
+        reading: what the policies read of one prompt, see :func:`dynmask.evals.reading.reading`.
     """
 
     task: str
@@ -132,6 +139,7 @@ class Report:
     items: tuple[ItemResult, ...] = ()
     complete: bool = True
     timing: tuple[dict[str, Any], ...] = field(default=())
+    reading: dict[str, Any] | None = None
 
     @property
     def groups(self) -> list[str]:
@@ -188,8 +196,59 @@ class Report:
                 "rows": rows,
                 "timing": list(self.timing),
                 "items": [asdict(item) for item in self.items],
+                "reading": self.reading,
             }
         )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "report") -> Report:
+        """Return the report that :meth:`to_dict` gave ``data``; ``where`` names it in errors.
+
+        Raises:
+            ValueError: on another schema, or data that is no report.
+        """
+        schema = data.get("schema") if isinstance(data, Mapping) else None
+        if schema != SCHEMA or "rows" not in data:
+            raise ValueError(
+                f"{where}: expected a report of schema {SCHEMA}, received "
+                f"{'schema ' + repr(schema) if schema is not None else 'something else'}; "
+                "pass a file that dynmask evaluate --out wrote"
+            )
+        try:
+            rows = tuple(_row_of(row) for row in data["rows"])
+            items = tuple(_item_of(item) for item in data.get("items", ()))
+            header = {key: value for key, value in data.items() if key not in OUTSIDE}
+            _check_header(header)
+            return cls(
+                str(data["task"]),
+                header,
+                rows,
+                items,
+                bool(data.get("complete", True)),
+                tuple(data.get("timing", ())),
+                data.get("reading"),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{where}: expected a whole report, received one without {error}; "
+                "pass a file that dynmask evaluate --out wrote, unchanged"
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """Return the report of a JSON file that :meth:`save` wrote.
+
+        Raises:
+            ValueError: if the file cannot be read or is no report.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path}: expected a report in JSON, received {error}; "
+                "pass a file that dynmask evaluate --out wrote"
+            ) from error
+        return cls.from_dict(data, str(path))
 
     def to_json(self) -> str:
         """Return the report as JSON text (numbers that are not finite become null)."""
@@ -208,6 +267,43 @@ class Report:
         target = folder / f"{stem}.json"
         atomic_write(target, self.to_json() + "\n")
         return target
+
+
+# What of a report's JSON is not its header.
+OUTSIDE = ("schema", "task", "complete", "rows", "timing", "items", "reading")
+
+
+def _check_header(header: Mapping[str, Any]) -> None:
+    """Look for what tables, captions and pages say of every report."""
+    for section, names in {
+        "device": ("name", "type", "threads"),
+        "model": ("name",),
+        "versions": ("torch", "dynmask"),
+        "settings": (),
+    }.items():
+        for name in names:
+            _ = header[section][name]
+    _ = header["date"], header["dtype"]
+
+
+def _row_of(data: Mapping[str, Any]) -> Row:
+    """Return a row from JSON, where tuples are lists and buckets tell their perplexity."""
+    known = {item.name for item in fields(Row)}
+    values = {key: value for key, value in data.items() if key in known}
+    for name in ("accuracy_interval", "difference_interval"):
+        if values.get(name) is not None:
+            values[name] = tuple(values[name])
+    values["buckets"] = tuple(
+        Bucket(b["start"], b["stop"], b["tokens"], math.inf if b["nll"] is None else b["nll"])
+        for b in values.get("buckets", ())
+    )
+    return Row(**values)
+
+
+def _item_of(data: Mapping[str, Any]) -> ItemResult:
+    known = {item.name for item in fields(ItemResult)}
+    values = {key: value for key, value in data.items() if key in known}
+    return ItemResult(**{**values, "answers": tuple(values["answers"])})
 
 
 def atomic_write(path: Path, text: str) -> None:
@@ -297,6 +393,7 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
         ("mass kept", "kept_mass", lambda row: _percent(row.kept_mass)),
         ("p5", "kept_mass_p5", lambda row: _percent(row.kept_mass_p5)),
         ("KL", "kl", lambda row: _number(row.kl, 3)),
+        ("widened", "widened", lambda row: _percent(row.widened)),
         ("prefill", "prefill_seconds", lambda row: _seconds(row.prefill_seconds)),
         ("ms/token", "ms_per_token", lambda row: _number(row.ms_per_token, 1)),
         ("cache", "cache_bytes", lambda row: _cache(row.cache_bytes)),
@@ -305,6 +402,8 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
     for title, attribute, render in optional:
         if any(getattr(row, attribute) is not None for row in rows):
             columns.append((title, [render(row) for row in rows]))
+    for name in dict.fromkeys(name for row in rows for name in row.metrics or ()):
+        columns.append((name, [_number((row.metrics or {}).get(name), 3) for row in rows]))
     return columns
 
 
