@@ -172,9 +172,9 @@ def prefill(model: Any, ids: Tensor, policy: Gated | None, decode: bool) -> Row:
     with context as run:
         bounded = policy is not None and decode
         cache: Any = GatedCache(run) if bounded else DynamicCache(config=model.config)
-        wait(device)
-        started = time.perf_counter()
         with PeakMemory(device) as peak:
+            wait(device)
+            started = time.perf_counter()
             logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
             token = logits.argmax(-1)
             token.tolist()

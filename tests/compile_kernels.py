@@ -16,7 +16,7 @@ from dynmask.kernels.triton.prefill import config_of
 HOPPER = GPUTarget("cuda", 90, 32)
 FLOATS = (
     "Bias", "Lse", "PartOut", "PartTop", "PartSum", "LseSlope", "Delta", "KeyGrad", "ValueGrad",
-    "BiasGrad", "Top", "Sum", "Norm", "Worth",
+    "BiasGrad", "Top", "Sum", "Kept", "Norm", "Worth",
 )  # fmt: skip
 TENSORS = ("Q", "K", "V", "Out", "Slope", "QueryGrad")
 
@@ -124,6 +124,7 @@ def main():
         }  # fmt: skip
         compile_kernel(f"sums of {rows} rows", worth._sum_kernel, sizes)
         compile_kernel(f"worth to {rows} rows", worth._worth_kernel, sizes)
+        compile_kernel(f"kept of {rows} rows", worth._kept_kernel, sizes)
     chunk = {"CHUNK": select.CHUNK}
     compile_kernel("table", select._table_kernel, {"BUCKET": 2048, "BINS": 2048, **chunk})
     compile_kernel("boundary", select._boundary_kernel, {"BUCKET": 256, "BUCKETS": 128, **chunk})

@@ -709,9 +709,10 @@ def test_a_card_is_the_same_policy_after_a_round_trip(model, card, tmp_path):
 
 
 def test_a_card_of_soft_masks_says_what_the_bias_changes(model, tmp_path):
-    asked = GatedSettings(**{**vars(SETTINGS), "max_kl": 5.0, "soft": True, "strength": 2.0})
+    more = {"max_kl": 50.0, "soft": True, "strength": 2.0, "budgets": (Budget(4, 8),)}
+    asked = GatedSettings(**{**vars(SETTINGS), **more})
     card = calibrate_gates(model, documents(90, 120), asked, progress=False)
-    assert {"kl", "kl_hard"} <= card.header.keys() and card.header["kl"] <= 5.0
+    assert card.header["kl"] != card.header["kl_hard"] and card.header["kl"] <= 50
     card.save_pretrained(tmp_path / "card")
     policy = MaskCard.from_pretrained(tmp_path / "card").policy()
     assert policy.soft and policy.strength == 2.0
@@ -719,8 +720,6 @@ def test_a_card_of_soft_masks_says_what_the_bias_changes(model, tmp_path):
     judge.prepare()
     for name, some in (("kl", policy), ("kl_hard", card.policy(soft=False))):
         assert judge.divergence(some) == pytest.approx(card.header[name], rel=1e-4)
-    if policy.gates.columns.any():
-        assert card.header["kl"] != card.header["kl_hard"]
 
 
 def test_documents_and_the_model_are_left_as_they_were(model):

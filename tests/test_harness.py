@@ -50,7 +50,8 @@ class Package(ModuleType):
         full = asked.model.config._attn_implementation in ("sdpa", "eager")
         samples = {
             "graded": [
-                sample(i, metrics=["acc", "bleu"], acc=float(full or i % 2), bleu=31.5,
+                sample(i, metrics=["brier", "acc", "bleu"], brier=0.25, bleu=31.5,
+                       acc=float(full or i % 2),
                        arguments=[(PROMPTS[i], " yes"), (PROMPTS[i], " no")],
                        filtered_resps=[(-2.0, False), (-1.0, True)], target=0)
                 for i in range(count)
@@ -72,7 +73,7 @@ class Package(ModuleType):
         return {
             "samples": {task: samples},
             "results": {task: results},
-            "higher_is_better": {task: {"acc": True, "word_perplexity": False}},
+            "higher_is_better": {task: {"brier": False, "acc": True, "word_perplexity": False}},
         }
 
 

@@ -26,10 +26,11 @@ from dynmask.evals.page.pixels import image, levels, png
 from dynmask.evals.page.style import SCRIPT, sheet
 from dynmask.evals.page.tables import density_level, mass_level, share_level
 from dynmask.evals.points import Point, frontier, points
-from dynmask.evals.reading import ABOVE, PIXELS, SCALE, reading
+from dynmask.evals.reading import ABOVE, PIXELS, SCALE, _ranges, reading
 from dynmask.evals.report import Bucket, ItemResult, Report, Row, paired_difference
 from dynmask.masks import LifetimeMask
-from dynmask.policies import H2O, Causal, Quest, Streaming, VerticalSlash
+from dynmask.nn import PairScore
+from dynmask.policies import H2O, Causal, Quest, Retained, Streaming, VerticalSlash
 from tests.stand_in import stand_in_model, stand_in_tokenizer
 
 PROMPT = "The locker number of Anna is 7364. " + "Nothing else is known about lockers. " * 12
@@ -465,6 +466,34 @@ def test_masks_of_kv_heads_are_shown_for_their_query_heads():
     assert twins and all(drawn[a] == drawn[b] for a, b in twins)
     assert len(set(drawn.values())) > 1
     assert h2o["prefill"]["share"] * found["tokens"] <= 40
+
+
+def test_a_policy_that_evicts_shows_what_a_decoded_token_reads():
+    """Its scores are asked for again with every token; the picture stays the prefill's."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        modules = tuple(PairScore(2, 16, 8) for _ in range(2))
+    policy = Retained(modules, width=15, window=5, sinks=1)
+    found = reading(stand_in_model(), stand_in_tokenizer(), {"r": policy}, PROMPT, measure_rows=0)
+    (one,) = found["policies"]
+    n = found["tokens"]
+    assert one["prefill"]["share"] * n == pytest.approx(15)
+    assert one["decode"]["share"] * n == pytest.approx(14)  # and the decoded token itself
+    assert all(drawn["side"] == [PIXELS, PIXELS] for drawn in one["maps"])
+    assert all(drawn["density"] < 0.3 for drawn in one["maps"])
+
+
+def test_the_longest_ranges_are_listed_in_the_order_of_the_text():
+    lengths = [3, 1, 5, 2, 9, 4, 8, 7]
+    share = torch.cat([torch.tensor([0.1] + [0.6 + 0.01 * k] * k) for k in lengths])
+    listed = _ranges(share, list(range(5, 5 + len(share))), stand_in_tokenizer())
+    assert [one["end"] - one["start"] for one in listed] == [3, 5, 9, 4, 8, 7]
+    assert all(one["share"] == pytest.approx(0.6 + 0.01 * (one["end"] - one["start"]))
+               for one in listed)  # fmt: skip
+    assert all(float(share[one["start"] - 1]) < 0.5 for one in listed)
+    few = _ranges(torch.tensor([0.1, 0.3, 0.3, 0.0]), [5, 6, 7, 8], stand_in_tokenizer())
+    assert [(one["start"], one["end"]) for one in few] == [(1, 3)]  # the most read, where few are
+    assert _ranges(torch.zeros(3), [5, 6, 7], stand_in_tokenizer()) == []
 
 
 def test_reading_refuses_what_it_cannot_read():

@@ -27,6 +27,7 @@ from dynmask.kernels.cpu import merge
 from dynmask.kernels.select import lifetimes_of_top_w
 from dynmask.kernels.worth import key_worth
 from dynmask.masks.base import repeat_heads
+from dynmask.policies.kept import kept_mass, sampled_rows
 from tests.conftest import INTERPRETED
 from tests.strategies import (
     GROUPS,
@@ -763,3 +764,32 @@ def test_worth_in_many_chunks_and_to_rows_of_nan(monkeypatch):
     found = ops.key_worth(query, key, window)
     torch.testing.assert_close(found, key_worth(query, key, window), atol=2e-6, rtol=1e-5)
     assert (found[0, 1, 1100 - 700 :] == 0).all(), "what is in every row's window is worth nothing"
+
+
+@INTERPRETED
+@given(
+    groups=st.integers(1, 3),
+    members=st.integers(1, 5),
+    lifetimes=st.sampled_from(["one", "groups", "heads"]),
+    queries=st.integers(1, 90),
+    more=st.integers(0, 300),
+    window=st.sampled_from([None, 1, 60]),
+    shared=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_kept_mass_is_that_of_tensor_operations(
+    groups, members, lifetimes, queries, more, window, shared, dtype, seed
+):
+    g, heads, keys = torch.Generator().manual_seed(seed), groups * members, queries + more
+    query = 3 * torch.randn(2, queries, heads, 24, generator=g).to(dtype).transpose(1, 2)
+    key = torch.randn(2, groups, keys, 24, generator=g).to(dtype)
+    size = (1 if shared else 2, {"one": 1, "groups": groups, "heads": heads}[lifetimes], keys)
+    mask = LifetimeMask(torch.randint(keys + 50, size, generator=g).int(), queries).expand(2)
+    rows = sampled_rows(queries, 17)
+    position = torch.tensor(rows, dtype=torch.int32) + mask.offset
+    found = ops.kept_share(
+        query[:, :, rows], key, position, mask.death, 0.3, min(window or keys, keys)
+    )
+    exact = kept_mass(query, key, mask, rows, 0.3, window)
+    torch.testing.assert_close(found, exact, atol=2e-6, rtol=1e-5)

@@ -71,6 +71,20 @@ def key_worth(query: Tensor, key: Tensor, window: Tensor) -> Tensor:
     return key_worth(query, key, window)
 
 
+@_operator(
+    lambda query, key, position, death, scale, window: query.new_empty(
+        query.shape[:3], dtype=torch.float32
+    )
+)
+def kept_share(
+    query: Tensor, key: Tensor, position: Tensor, death: Tensor, scale: float, window: int
+) -> Tensor:
+    """What lifetimes keep of some queries' attention: the kernel of ``triton/worth.py``."""
+    from .triton.worth import kept_share
+
+    return kept_share(query, key, position, death, scale, window)
+
+
 @_operator(lambda scores, width: scores.new_empty(scores.shape, dtype=torch.int32))
 def lifetimes(scores: Tensor, width: int) -> Tensor:
     """Lifetimes of the running top w: :func:`dynmask.kernels.triton.select.lifetimes`."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..masks import Mask
+from ..kernels import ops
+from ..masks import LifetimeMask, Mask
 from .weights import WEIGHTS_AT_A_TIME
 
 
@@ -42,6 +43,12 @@ def kept_mass(
     (batch, heads, _, dim), (groups, keys) = query.shape, key.shape[1:3]
     members = heads // groups
     factor = dim**-0.5 if scale is None else scale
+    if isinstance(mask, LifetimeMask) and ops.fused(key.device):
+        position = torch.tensor(rows, dtype=torch.int32) + mask.offset
+        return ops.kept_share(
+            query[:, :, rows], key, position.to(key.device, non_blocking=True), mask.death,
+            factor, min(window or keys, keys),
+        )  # fmt: skip
     few = max(1, WEIGHTS_AT_A_TIME // (batch * heads * keys))
     shares = []
     for start in range(0, len(rows), few):
