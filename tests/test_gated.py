@@ -920,3 +920,14 @@ def test_the_command_makes_soft_masks_of_columns(folder, tmp_path, capsys):
 def test_options_that_say_nothing_are_refused(folder, tmp_path, capsys, options, message):
     assert calibrate(folder, tmp_path / "c", *options) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "c").exists()
+
+
+def test_short_inputs_are_read_whole():
+    query, key = torch.randn(1, 4, 300, 16), torch.randn(1, 2, 300, 16)
+    policy = Gated(window=8, columns=0, dense_up_to=300)
+    assert policy(query, key, key, Layer(0)).is_causal
+    longer = policy(query, torch.randn(1, 2, 301, 16), key, Layer(0))
+    assert not longer.is_causal
+    assert policy.frees(0, 4, 2) == [False, False], "what a cache drops cannot be read whole"
+    with pytest.raises(ValueError, match="dense_up_to: expected 0 where decode='keep'"):
+        Gated(decode="keep", dense_up_to=1)

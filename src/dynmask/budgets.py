@@ -208,7 +208,12 @@ def settings_of(header: dict[str, Any]) -> GatedSettings:
     return GatedSettings(**{name: given[name] for name in known})
 
 
-def gated_of(card: MaskCard, decode: Literal["select", "keep"] = "select", **options: Any) -> Gated:
+def gated_of(
+    card: MaskCard,
+    decode: Literal["select", "keep"] = "select",
+    dense_up_to: int = 0,
+    **options: Any,
+) -> Gated:
     """The policy of a gated card; ``guard`` in place of the card's own.
 
     A card that was made before there were guards promises nothing.
@@ -218,7 +223,8 @@ def gated_of(card: MaskCard, decode: Literal["select", "keep"] = "select", **opt
     settings = replace(settings_of(card.header["settings"]), **options)
     promise = card.header.get("least_mass")
     promise = None if promise is None else torch.tensor(promise)
-    return replace(settings.policy(gates, promise, _encoders_of(card, settings)), decode=decode)
+    policy = settings.policy(gates, promise, _encoders_of(card, settings))
+    return replace(policy, decode=decode, dense_up_to=dense_up_to)
 
 
 def _encoders_of(card: MaskCard, settings: GatedSettings) -> tuple[BlockEncoder | None, ...] | None:

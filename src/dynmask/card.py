@@ -14,6 +14,11 @@
     curve                           retained: `widths`, and `mass` [layers][kv_heads][widths], the
                                     share of attention that so many keys capture
     kl                              gated: divergence from the full model at the judged tokens
+    kl_hard                         gated, soft: the same without the bias
+    least_mass                      [layers][heads], gated: kept mass in that of the documents where
+                                    it is least; what the guard compares with
+    encoder                         gated, with encoders: `kept` [layers], and `loss` [layers][2] on
+                                    held-out documents, without and with
 
 plus a SHA-256 of the header and one of the tensors, which are checked and dropped when loading.
 Loading reads bytes and numbers only; it never executes anything, and whatever is wrong with a file
@@ -64,7 +69,8 @@ class MaskCard:
     `layers.{i}.true_mask` uint8 [h, L, ceil(L / 8)], bit-packed along keys, lowest bit first.
     Of a retained card: `layers.{i}.{name}` float32, the parameters of the layer's score module, for
     every layer without a sliding window of its own. Of a gated card: `window` and `columns` int32
-    and `share` float32, all [layers, h], see `dynmask.policies.gated.Gates`.
+    and `share` float32 and `blocks` int32, all [layers, h], see `dynmask.policies.gates.Gates`,
+    and `layers.{i}.of_query` and `layers.{i}.of_key` float32 of layers with a block encoder.
 
     Raises ValueError if header and tensors do not form a valid card.
     """
@@ -119,7 +125,8 @@ class MaskCard:
         Options of a retained card: `width`, keys that a query reads (the card's own when left
         out), and `budget`, "even" (the default: the same width for every head) or "per_head"
         (widths whose mean is `width`, chosen by how much attention mass each head captures with
-        more keys). A DAM card takes `share_group`, a gated one nothing.
+        more keys). A DAM card takes `share_group`; a gated one `guard`, `soft` and `strength` in
+        place of its own, `decode` and `dense_up_to`, see `dynmask.policies.Gated`.
 
         Raises ValueError for an unknown option or a width that does not fit.
         """

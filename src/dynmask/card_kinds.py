@@ -221,7 +221,7 @@ class GatedTensors:
         """The policy of a card."""
         from dynmask.budgets import gated_of
 
-        check_options(options, ("guard", "decode", "soft", "strength"))
+        check_options(options, ("guard", "decode", "dense_up_to", "soft", "strength"))
         return gated_of(card, **options)
 
     @staticmethod

@@ -72,6 +72,7 @@ class EncoderTraining:
             torch.manual_seed(seed)
             for layer in range(description["layers"]):
                 encoder = encoder_of(settings, description)
+                encoder.gain.requires_grad_(False)
                 own = next(places[layer].parameters(), None) if layer in places else None
                 self.encoders.append(encoder.to(self.device if own is None else own.device))
         self._check_size()
@@ -151,8 +152,6 @@ class EncoderTraining:
         # what is drawn depends on the step alone, so that a resumed run draws the same
         torch.manual_seed(hash((self.seed, self.step)) % 2**63)
         self._show(document, teacher)
-        for encoder in self.encoders:
-            encoder.gain.grad = None
         with _whole():
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

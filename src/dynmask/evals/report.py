@@ -175,10 +175,9 @@ class Report:
         head = self.header
         count = n if n is not None else max((row.n for row in self.rows), default=0)
         name = head["device"]["name"]
-        return (
-            f"{head['model']['name']}, n = {count}, {name}, {head['dtype']}, "
-            f"seed {head['settings'].get('seed')}"
-        )
+        seed = head["settings"].get("seed")
+        drawn = "" if seed is None else f", seed {seed}"
+        return f"{head['model']['name']}, n = {count}, {name}, {head['dtype']}{drawn}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-serialisable data."""

@@ -46,7 +46,7 @@ FIXED = {
 FROM_CARD = (Dam.name, Retained.name, Gated.name)
 """Policies that a mask card gives, by name; gated also runs without one."""
 
-CARD_OPTIONS = {Retained.name: ("width", "budget"), Gated.name: ("decode",)}
+CARD_OPTIONS = {Retained.name: ("width", "budget"), Gated.name: ("decode", "dense_up_to")}
 """What may follow the path of a card in the text form of its policy."""
 
 _FIELD = re.compile(r"[a-z_]+")
@@ -58,7 +58,8 @@ def parse(spec: str) -> Policy:
     """A policy from its text form: ``name``, ``name:field=value,...`` or ``dam:path-to-card``.
 
     ``retained:path-to-card`` may be followed by ``,width=512`` and ``,budget=per_head``,
-    ``gated:path-to-card`` by ``,decode=keep``. ``gated`` takes either a card or fields.
+    ``gated:path-to-card`` by ``,decode=keep`` or ``,dense_up_to=8192``. ``gated`` takes either a
+    card or fields.
 
     Raises:
         ValueError: an unknown name or field, a value of the wrong type or out of range.
@@ -147,13 +148,14 @@ def _from_card(name: str, rest: str) -> Policy:
             f"{card.header['policy']!r}; pass {card.header['policy']}:{path}"
         )
     options: dict[str, int | str] = dict(texts)
-    if "width" in options:
-        try:
-            options["width"] = int(texts["width"])
-        except ValueError:
-            raise ValueError(
-                f"policy {name}: expected width as int, received {texts['width']!r}"
-            ) from None
+    for field in ("width", "dense_up_to"):
+        if field in options:
+            try:
+                options[field] = int(texts[field])
+            except ValueError:
+                raise ValueError(
+                    f"policy {name}: expected {field} as int, received {texts[field]!r}"
+                ) from None
     return card.policy(**options)
 
 

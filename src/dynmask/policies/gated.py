@@ -64,6 +64,8 @@ class Gated:
         decode: what columns are while tokens are decoded. "select" chooses them anew from all
             keys for every token. "keep" leaves those that the prompt's last queries chose, so
             that a ``dynmask.GatedCache``, which it needs, can drop the other keys.
+        dense_up_to: inputs of so many keys are read whole, for choosing among few costs a GPU
+            more than it saves (``docs/generator.md``). No cache drops keys then.
     """
 
     sinks: int = 4
@@ -84,6 +86,7 @@ class Gated:
     soft: bool = False
     strength: float = 1.0
     decode: Literal["select", "keep"] = "select"
+    dense_up_to: int = 0
 
     name: ClassVar[str] = "gated"
     causal: ClassVar[bool] = False
@@ -126,6 +129,12 @@ class Gated:
     def _check_kinds(self) -> None:
         """Raise ValueError for options that the kinds of maps, or each other, rule out."""
         check_field(self.name, "strength", self.strength, self.strength >= 0, ">= 0")
+        check_field(self.name, "dense_up_to", self.dense_up_to, self.dense_up_to >= 0, ">= 0")
+        if self.dense_up_to and self.decode == "keep":
+            raise bad(
+                "gated: dense_up_to", "0 where decode='keep' drops keys", self.dense_up_to,
+                "Leave one of the two out.",
+            )  # fmt: skip
         chooses = self.blocks > 0 if self.gates is None else bool(self.gates.blocks.any())
         if chooses and self.soft:
             raise bad(
@@ -177,6 +186,8 @@ class Gated:
                 "a decoded token with 'keep' and another cache",
                 "Pass past_key_values=dynmask.GatedCache(run), or use decode='select'.",
             )
+        if key.shape[2] <= self.dense_up_to:
+            return LifetimeMask.causal(key.shape[2], query.shape[2], device=key.device), None
         if self.guard is None or self.promise is None or query.shape[2] < GUARD_ROWS:
             return self._mask(query, key, layer)
         least = self.promise[layer.index].cpu() - self.guard
@@ -199,6 +210,7 @@ class Gated:
     def frees(self, layer: int, heads: int, kv_heads: int) -> list[bool]:
         """Which kv heads of a layer have keys that none of their query heads reads again."""
         free = torch.tensor(self.windows(layer, heads)) < LifetimeMask.INF
+        free &= torch.tensor(self.dense_up_to == 0)
         if self.decode == "select":
             free &= ~torch.tensor(self.chooses(layer, heads))
         return free.view(kv_heads, -1).all(-1).tolist()

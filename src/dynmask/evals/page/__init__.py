@@ -173,7 +173,8 @@ def _notes(rows: Sequence[Row]) -> Html:
     notes = [
         "Density: pairs of query and key that are read, of all causal pairs. Attention kept: the "
         "share of the model's own attention that lies on them, on sampled rows. KL: how far next-"
-        "token distributions are from those of full attention, up to the first token that differs."
+        "token distributions are from those of full attention, "
+        + ("at every position." if rows[0].buckets else "up to the first token that differs.")
     ]
     if any(row.difference_interval for row in rows):
         notes.append("Intervals are 95 %; differences are paired, on the same items.")

@@ -31,6 +31,7 @@ a{color:var(--accent)}
 margin:0 0 14px}
 .grid{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr))}
 .grid>.card{margin:0}
+.grid+.card{margin-top:14px}
 .scroll{overflow-x:auto;margin:0 -18px;padding:0 18px}
 .scroll:focus-visible,summary:focus-visible,a:focus-visible{outline:2px solid var(--accent);
 outline-offset:2px;border-radius:6px}
@@ -50,7 +51,7 @@ z-index:1}
 .who{display:flex;align-items:flex-start;gap:7px}
 .name{overflow-wrap:break-word;white-space:normal;min-width:0}
 .key{width:14px;height:14px;margin-top:4px;flex:none}
-th .name{min-width:84px;max-width:190px}
+th .name{min-width:84px;max-width:215px}
 h4 .name{max-width:none}
 abbr{text-decoration:none}
 .bar{display:block;height:4px;border-radius:2px;background:var(--low);margin-top:4px;

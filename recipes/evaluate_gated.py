@@ -1,0 +1,213 @@
+"""The gated policy beside full attention: official LongEval files, own tasks, RULER-style tasks.
+
+    python recipes/evaluate_gated.py --longeval FOLDER                      # the reference model
+    python recipes/evaluate_gated.py --model models/dynmask-reference-64k \\
+        --tasks "lines 65536" "needle 65536" "ruler 32768"
+    python recipes/evaluate_gated.py --goals                 # what was asked for, from the rows
+
+Policies are full attention, the zero-shot gates (``Gated()`` as it comes) and the card that
+``recipes/gated_card.py`` left beside the model, or those of ``--cards``. A task is evaluated by a
+process of its own, ``--jobs`` at a time. A row of ``benchmarks/results/generator_tasks.jsonl`` is
+one of a model, task and policy; a later run replaces it. FOLDER holds the official files
+``200_lines.jsonl`` to ``800_lines.jsonl``, which are not part of this repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+
+RESULTS = ROOT / "benchmarks" / "results"
+MODEL = ROOT / "models" / "dynmask-reference"
+LONGEVAL = tuple(f"longeval {n}" for n in (200, 400, 600, 800))
+ZERO_SHOT, CARD = "gated (zero-shot)", "gated (card)"
+ANSWER_TOKENS = 12  # an official answer is six; a mask that lost it would go on and on
+KEEP = (
+    "policy", "n", "accuracy", "accuracy_interval", "difference", "difference_interval",
+    "density", "density_decode", "kept_mass", "kept_mass_p5", "kl", "agreement", "widened",
+)  # fmt: skip
+
+Row = dict[str, Any]
+
+
+def task_of(name: str, folder: str | None) -> tuple[Any, int]:
+    """The task of a name such as "lines 65536", and its prompt length."""
+    from dynmask.evals.document_qa import DocumentQA
+    from dynmask.evals.lines import Lines
+    from dynmask.evals.longeval import LongEval
+    from dynmask.evals.needle import Needle
+    from dynmask.evals.ruler import Ruler
+
+    kind, _, size = name.partition(" ")
+    if kind == "longeval":
+        if folder is None:
+            raise ValueError("--longeval: expected the folder of the official files, received none")
+        return LongEval(Path(folder) / f"{size}_lines.jsonl", max_new_tokens=ANSWER_TOKENS), 2**20
+    kinds: dict[str, Any] = {
+        "lines": Lines, "needle": Needle, "ruler": Ruler, "document_qa": DocumentQA,
+    }  # fmt: skip
+    return kinds[kind](), int(size)
+
+
+def run(name: str, options: argparse.Namespace) -> list[Row]:
+    """One task under every policy."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import dynmask
+    from dynmask.evals.engine import evaluate
+    from dynmask.policies import Gated
+
+    torch.set_num_threads(options.threads)
+    task, length = task_of(name, options.longeval)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    model = model.to(options.device).eval()
+    policies: dict[str, Any] = {"full": None, ZERO_SHOT: Gated()}
+    for index, path in enumerate(options.cards):
+        label = CARD if len(options.cards) == 1 else f"gated ({path.name})"
+        policies[label] = dynmask.MaskCard.from_pretrained(path).policy()
+        assert index < len(policies)
+    few = options.ruler_n if name.startswith("ruler") else options.n
+    report = evaluate(
+        model, tokenizer, policies, task, n=few, length=length, measure_rows=16, timing=False,
+        progress=options.jobs == 1,
+    )  # fmt: skip
+    here = {key: report.header[key] for key in ("date", "commit", "versions", "device", "dtype")}
+    here["commit"] = options.commit or here["commit"]
+    wrong: dict[tuple[str, str], list[int]] = {}
+    for item in report.items:
+        if item.score < 1:
+            wrong.setdefault((item.policy, item.group), []).append(item.index)
+    return [
+        {"model": options.model.name, "task": name, "group": row.group,
+         **{key: asdict(row)[key] for key in KEEP},
+         "wrong": wrong.get((row.policy, row.group), []), **here}
+        for row in report.rows
+    ]  # fmt: skip
+
+
+def means(rows: list[Row]) -> dict[tuple[str, str, str], Row]:
+    """Accuracy, density and items of each (model, task, policy), means over its groups."""
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["task"], row["policy"]), []).append(row)
+    return {
+        name: {
+            "accuracy": statistics.mean(row["accuracy"] for row in some),
+            "density": statistics.mean(row["density"] for row in some),
+            "n": sum(row["n"] for row in some), "first": some[0],
+        }
+        for name, some in found.items()
+    }  # fmt: skip
+
+
+def record_goals(rows: list[Row]) -> None:
+    """Write what was asked for to headline.jsonl, from the rows."""
+    from benchmarks.headline import record
+
+    found = means(rows)
+
+    def compare(task: str, policy: str, model: str = MODEL.name) -> tuple[Row, Row] | None:
+        both = found.get((model, task, policy)), found.get((model, task, "full"))
+        return both if all(both) else None  # type: ignore[return-value]
+
+    def write(goal: str, metric: str, value: float, target: float, ours: Row, full: Row) -> None:
+        better = "lower" if metric == "density" else "higher"
+        note = (f"{ours['accuracy']:.1%} at density {ours['density']:.2%}, full attention "
+                f"{full['accuracy']:.1%}, n {ours['n']}")  # fmt: skip
+        record(issue=4, goal=goal, metric=metric, value=round(value, 4), target=target,
+               better=better, device=None, note=note, origin=ours["first"],
+               command="python recipes/evaluate_gated.py")  # fmt: skip
+
+    minus = "accuracy minus full attention's"
+    for task in LONGEVAL:
+        if both := compare(task, CARD):
+            ours, full = both
+            goal = f"gated card, {task} lines"
+            write(goal, minus, ours["accuracy"] - full["accuracy"], -0.01, ours, full)
+    if both := compare("longeval 600", CARD):
+        write(
+            "gated card, 16,500 tokens (longeval 600)", "density", both[0]["density"], 0.04, *both
+        )
+    if both := compare("longeval 600", ZERO_SHOT):
+        ours, full = both
+        goal = "gated without calibration, 16,500 tokens (longeval 600)"
+        write(goal, minus, ours["accuracy"] - full["accuracy"], -0.02, ours, full)
+        write(goal, "density", ours["density"], 0.08, ours, full)
+    harder = f"{MODEL.name}-64k"
+    for task, limit in (("lines 65536", 0.02), ("needle 65536", 0.02), ("ruler 32768", 0.08)):
+        if both := compare(task, CARD, harder):
+            ours, full = both
+            kind, size = task.split()
+            goal = f"gated card, own {kind} at {int(size):,} tokens, harder reference"
+            write(goal, minus, ours["accuracy"] - full["accuracy"], -0.01, ours, full)
+            write(goal, "density", ours["density"], limit, ours, full)
+
+
+def show(rows: list[Row]) -> None:
+    """Print one line for each task and policy."""
+    for (model, task, policy), row in means(rows).items():
+        print(f"{model:24s} {task:16s} {policy:28s} {row['accuracy']:6.1%} of {row['n']}, density "
+              f"{row['density']:.2%}", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    """Evaluate, or write the goals of what there is."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument(
+        "--cards", type=Path, nargs="*", help="default: MODEL-gated, if it is there"
+    )
+    parser.add_argument("--tasks", nargs="+", default=list(LONGEVAL), metavar="TASK")
+    parser.add_argument("--longeval", help="folder of the official files")
+    parser.add_argument("--n", type=int, default=50, help="items of a task")
+    parser.add_argument("--ruler-n", type=int, default=10, help="items of each RULER-style task")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--jobs", type=int, default=1, help="tasks evaluated at a time")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each job")
+    parser.add_argument("--commit", default=None, help="what is run, where git cannot tell")
+    parser.add_argument("--out", type=Path, default=RESULTS / "generator_tasks.jsonl")
+    parser.add_argument(
+        "--goals", action="store_true", help="write the goals of the rows, and stop"
+    )
+    options = parser.parse_args()
+
+    from benchmarks.headline import rows_of, write_rows
+
+    if options.goals:
+        show(rows_of(options.out))
+        record_goals(rows_of(options.out))
+        return
+    if options.cards is None:
+        beside = options.model.with_name(f"{options.model.name}-gated")
+        options.cards = [beside] if beside.is_dir() else []
+    for name in options.tasks:
+        task_of(name, options.longeval)  # a name that is none fails before the work
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        waiting = [pool.submit(run, name, options) for name in options.tasks]
+        for done in as_completed(waiting):
+            rows = done.result()
+            new = {(row["model"], row["task"], row["policy"]) for row in rows}
+            kept = [
+                row for row in rows_of(options.out)
+                if (row["model"], row["task"], row["policy"]) not in new
+            ]  # fmt: skip
+            write_rows(options.out, [*kept, *rows])
+            show(rows)
+    if options.out.parent == RESULTS:
+        record_goals(rows_of(options.out))
+
+
+if __name__ == "__main__":
+    main()
