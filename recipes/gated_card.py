@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--max-kl", type=float, nargs="+", default=[0.02])
     parser.add_argument("--lengths", type=int, nargs="+", default=[4_096, 16_384])
     parser.add_argument("--documents", type=int, default=4, help="of each length")
-    parser.add_argument("--blocks", action="store_true", help="offer key blocks after columns")
+    parser.add_argument("--no-blocks", action="store_true", help="offer columns alone")
     parser.add_argument("--pool", type=int, default=1)
     parser.add_argument("--least", type=float, default=1e-3)
     parser.add_argument("--characters", type=int, default=12_000_000, help="of text")
@@ -93,7 +93,7 @@ def main() -> None:
         options.characters, options.characters // 6, len(tokenizer), tokenizer.backend_tokenizer
     )
     texts, judged = documents(Author(corpus), options.lengths, options.documents, options.seed)
-    budgets = BUDGETS if options.blocks else COLUMN_BUDGETS
+    budgets = COLUMN_BUDGETS if options.no_blocks else BUDGETS
     for allowed in options.max_kl:
         settings = GatedSettings(
             max_kl=allowed, least=options.least, pool=options.pool,

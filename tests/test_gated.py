@@ -309,13 +309,11 @@ def test_padded_batches_of_mixed_layers_are_each_sequence_alone():
                 torch.testing.assert_close(a[row], b[0], rtol=1e-4, atol=1e-4)
 
 
-def test_columns_beside_blocks_and_kept_choices_of_blocks_are_refused():
+def test_columns_beside_blocks_are_refused():
     with pytest.raises(ValueError, match="columns or blocks.*Pass columns=0"):
         parse("gated:blocks=4")
     with pytest.raises(ValueError, match="columns or blocks of a map, received both for layer 0"):
         gates_of([[3, 3]], [[0, 2]], blocks=[[1, 1]])
-    with pytest.raises(ValueError, match="'select' where maps choose blocks"):
-        Gated(gates=MIXED, decode="keep")
     with pytest.raises(ValueError, match="query_pool that divides 64"):
         Gated(query_pool=3)
     assert parse("gated:columns=0,blocks=4").blocks == 4

@@ -18,7 +18,7 @@ import dynmask  # noqa: E402
 from dynmask import Budget, GatedCache, GatedSettings, cli, sparsify  # noqa: E402
 from dynmask.cli.common import policy_label  # noqa: E402
 from dynmask.evals.generation import attend, bounded_cache, greedy, needed_cache  # noqa: E402
-from dynmask.masks import LifetimeMask  # noqa: E402
+from dynmask.masks import LifetimeMask, MixedMask  # noqa: E402
 from dynmask.policies import Causal, Gated, Pooled, Streaming, parse  # noqa: E402
 from dynmask.policies.gated import Gates  # noqa: E402
 from dynmask.ragged import Part, RaggedStore, WholeStore  # noqa: E402
@@ -153,6 +153,56 @@ def test_what_the_prompt_chose_is_kept(model):
     with sparsify(model, replace(policy, decode="select")):
         _, anew = generate(model, ids, mask, new=12)
     assert not torch.allclose(anew, logits, **CLOSE)  # the choice matters
+
+
+def test_maps_that_choose_blocks_choose_anew_where_others_keep_their_choice(model):
+    """Windows need no choice: beside them blocks alone depend on ``decode``, and do not."""
+    ids, mask = prompt()
+    window = torch.tensor([[3, 7, 4, 9], [5, 2, 9, 6], [INF, 1, 8, 8], [6, 6, 3, 3]]).int()
+    blocks = torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [0, 2, 0, 0], [1, 1, 1, 1]]).int()
+    gates = Gates(window, torch.zeros_like(window), torch.zeros(4, 4), blocks)
+    policy = Gated(sinks=1, gates=gates, block=4, query_pool=2, key_pool=2)
+    with sparsify(model, policy):
+        expected, logits = generate(model, ids, mask, new=12)
+    with sparsify(model, replace(policy, decode="keep")) as run:
+        cache = GatedCache(run)
+        tokens, got = generate(model, ids, mask, cache, new=12)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(got, logits, **CLOSE)
+    assert replace(policy, decode="keep").frees(0, 4, 2) == [True, False]
+
+
+class Beside(Remembering):
+    """Columns of the first kv head's maps as above, blocks of the second's chosen anew."""
+
+    def __init__(self, columns, blocks, both, **more):
+        super().__init__(columns, **more)
+        self.blocks, self.both = blocks, replace(both, decode="select")
+
+    def __call__(self, query, key, value, layer):
+        if layer.index in self.skipped:
+            return self.both(query, key, value, layer)
+        kept, chosen = (x(query, key, value, layer) for x in (super().__call__, self.blocks))
+        if not isinstance(chosen, MixedMask):
+            return kept
+        return MixedMask((kept, chosen.parts[1]), chosen.of)
+
+
+def test_columns_are_kept_in_layers_that_have_maps_of_blocks_as_well(model):
+    ids, mask = prompt()
+    window, none = torch.full((4, 4), 3).int(), torch.zeros(4, 4)
+    columns = torch.tensor([[3, 2, 0, 0]] * 4).int()
+    blocks = torch.tensor([[0, 0, 2, 1]] * 4).int()
+    given = {"sinks": 1, "last": 5, "least": 0.0, "block": 4, "query_pool": 2, "key_pool": 2}
+    both = Gated(gates=Gates(window, columns, none, blocks), decode="keep", **given)
+    alone = Gated(gates=Gates(window, columns, none), decode="keep", **given)
+    beside = Gated(gates=Gates(window, 0 * columns, none, blocks), **given)
+    with sparsify(model, Beside(alone, beside, both, skipped=sliding(model))):
+        expected, logits = generate(model, ids, mask, new=12)
+    with sparsify(model, both) as run:
+        tokens, got = generate(model, ids, mask, GatedCache(run), new=12)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(got, logits, **CLOSE)
 
 
 SHAPES = {"one kv head": (4, 1), "two": (4, 2), "a kv head each": (4, 4)}

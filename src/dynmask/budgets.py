@@ -61,8 +61,15 @@ BLOCK_BUDGETS = (
 )  # fmt: skip
 """What maps may read that choose blocks."""
 
-BUDGETS = COLUMN_BUDGETS + BLOCK_BUDGETS
-"""Offered in this order: what a map may read, the cheap first. Beyond the last a map is dense."""
+
+def reads(budget: Budget, keys: int = 65_536, block: int = 64) -> float:
+    """Keys that a map reads of so many, at most; sinks are not counted."""
+    return budget.window + budget.columns + budget.blocks * block + budget.share * keys
+
+
+BUDGETS = tuple(sorted(COLUMN_BUDGETS + BLOCK_BUDGETS, key=reads))
+"""Offered in this order: what a map may read of a long input, the cheap first. Beyond the last a
+map is dense."""
 
 
 @dataclass(frozen=True)

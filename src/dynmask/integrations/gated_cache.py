@@ -68,6 +68,8 @@ class LayerPlan:
         freed_queries, whole_queries: their query heads.
         whole_policy: asked about the query heads of ``whole``.
         keeps: what a call of many tokens chose is read by those of one token that follow.
+        anew: whether some map of ``whole`` chooses blocks: then these kv heads, which keep all
+            keys, choose for every token.
     """
 
     index: int
@@ -81,6 +83,7 @@ class LayerPlan:
     whole_queries: Heads
     whole_policy: Gated
     keeps: bool
+    anew: bool
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -107,6 +110,7 @@ class LayerPlan:
             whole_queries=whole_queries,
             whole_policy=asked.of_heads(whole_queries.numbers),
             keeps=policy.decode == "keep",
+            anew=any(policy.chooses_blocks(index, heads)),
         )
 
     def __deepcopy__(self, memo: Any) -> LayerPlan:
@@ -116,7 +120,7 @@ class LayerPlan:
     def remembers(self) -> bool:
         """Whether the kv heads that keep all keys have maps that do not read all."""
         finite = any(self.windows[h] < LifetimeMask.INF for h in self.whole_queries.numbers)
-        return self.keeps and finite
+        return self.keeps and finite and not self.anew
 
     def store(self) -> LayerStore:
         """An empty one."""

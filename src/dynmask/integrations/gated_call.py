@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cache import runs_of
 from ..errors import bad
-from ..masks import LifetimeMask, Mask, Span
+from ..masks import LifetimeMask, Mask, MixedMask, Span
 from ..plan import Plan
 from ..policies import Layer
 from ..ragged import Part, RaggedStore, WholeStore
@@ -159,7 +159,8 @@ class GatedCall:
         out = self._out()
         if self.whole is not None:
             self._extend_whole()
-            part = self._recall() if self.plan.keeps else self._ask_whole()
+            recalls = self.plan.keeps and not self.plan.anew
+            part = self._recall() if recalls else self._ask_whole()
             self.plan.whole_queries.put(out, part)
         if self.ragged is not None:
             freed, queries = self.plan.freed, self.plan.freed_queries
@@ -325,6 +326,8 @@ class GatedCall:
 
 def _chosen(mask: Mask, heads: Heads, windows: Tensor, own: Tensor) -> Tensor:
     """Ends of keys as the policy answered: int64 [b or 1, h, keys]; ``own`` by windows alone."""
+    if isinstance(mask, MixedMask):  # maps that choose blocks are not asked about
+        mask = mask.parts[0]
     if not isinstance(mask, LifetimeMask):
         raise bad(
             "GatedCache", "lifetimes, which decode='keep' remembers", type(mask).__name__,

@@ -63,7 +63,8 @@ class Gated:
             what ``guard`` needs.
         decode: what columns are while tokens are decoded. "select" chooses them anew from all
             keys for every token. "keep" leaves those that the prompt's last queries chose, so
-            that a ``dynmask.GatedCache``, which it needs, can drop the other keys.
+            that a ``dynmask.GatedCache``, which it needs, can drop the other keys. Blocks are
+            chosen anew in any case.
         dense_up_to: inputs of so many keys are read whole, for choosing among few costs a GPU
             more than it saves (``docs/generator.md``). No cache drops keys then.
     """
@@ -147,12 +148,6 @@ class Gated:
                 "gated: soft", "decode='select', where each token weighs its columns", "'keep'",
                 "Leave one of the two out.",
             )  # fmt: skip
-        if chooses and self.decode == "keep":
-            raise bad(
-                "gated: decode", "'select' where maps choose blocks", "'keep'",
-                "Blocks are chosen anew for every token: leave decode out, or calibrate with "
-                "budgets=dynmask.budgets.COLUMN_BUDGETS.",
-            )  # fmt: skip
 
     def check(self, layers: int, heads: int, kv_heads: int) -> None:
         """Gates and encoders must be those of a model of this shape."""
@@ -207,12 +202,20 @@ class Gated:
         tables = (self.gates.columns, self.gates.share, self.gates.blocks)
         return torch.stack([table[layer] > 0 for table in tables]).any(0).tolist()
 
+    def chooses_blocks(self, layer: int, heads: int) -> list[bool]:
+        """Which query heads of a layer choose blocks."""
+        return (
+            [self.blocks > 0] * heads
+            if self.gates is None
+            else ((self.gates.blocks[layer] > 0).tolist())
+        )
+
     def frees(self, layer: int, heads: int, kv_heads: int) -> list[bool]:
         """Which kv heads of a layer have keys that none of their query heads reads again."""
         free = torch.tensor(self.windows(layer, heads)) < LifetimeMask.INF
         free &= torch.tensor(self.dense_up_to == 0)
-        if self.decode == "select":
-            free &= ~torch.tensor(self.chooses(layer, heads))
+        anew = self.chooses if self.decode == "select" else self.chooses_blocks
+        free &= ~torch.tensor(anew(layer, heads))
         return free.view(kv_heads, -1).all(-1).tolist()
 
     def of_heads(self, heads: Sequence[int], keys: int | None = None) -> Gated:
