@@ -150,8 +150,8 @@ _loaded: tuple[Any, Any] | None = None
 def load(folder: Path, device: str) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a folder: bf16 on a GPU."""
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def _start(folder: Path, device: str) -> None:
