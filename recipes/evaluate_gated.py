@@ -6,7 +6,8 @@
     python recipes/evaluate_gated.py --goals                 # what was asked for, from the rows
 
 Policies are full attention, the zero-shot gates (``Gated()`` as it comes) and the card that
-``recipes/gated_card.py`` left beside the model, or those of ``--cards``. A task is evaluated by a
+``recipes/gated_card.py`` left beside the model, or those of ``--cards``, the first of which the
+goals are about. A task is evaluated by a
 process of its own, ``--jobs`` at a time. A row of ``benchmarks/results/generator_tasks.jsonl`` is
 one of a model, task and policy; a later run replaces it. FOLDER holds the official files
 ``200_lines.jsonl`` to ``800_lines.jsonl``, which are not part of this repository.
@@ -74,9 +75,8 @@ def run(name: str, options: argparse.Namespace) -> list[Row]:
     model = model.to(options.device).eval()
     policies: dict[str, Any] = {"full": None, ZERO_SHOT: Gated()}
     for index, path in enumerate(options.cards):
-        label = CARD if len(options.cards) == 1 else f"gated ({path.name})"
+        label = CARD if index == 0 else f"gated ({path.name})"
         policies[label] = dynmask.MaskCard.from_pretrained(path).policy()
-        assert index < len(policies)
     few = options.ruler_n if name.startswith("ruler") else options.n
     report = evaluate(
         model, tokenizer, policies, task, n=few, length=length, measure_rows=16, timing=False,
