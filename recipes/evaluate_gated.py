@@ -7,8 +7,8 @@
 
 Policies are full attention, the zero-shot gates (``Gated()`` as it comes) and the card that
 ``recipes/gated_card.py`` left beside the model, or those of ``--cards``, the first of which the
-goals are about. A task is evaluated by a
-process of its own, ``--jobs`` at a time. A row of ``benchmarks/results/generator_tasks.jsonl`` is
+goals are about. With ``--jobs`` tasks are evaluated side by side; one at a time they may be stopped
+by Ctrl-C, and what was answered is kept. A row of ``benchmarks/results/generator_tasks.jsonl`` is
 one of a model, task and policy; a later run replaces it. FOLDER holds the official files
 ``200_lines.jsonl`` to ``800_lines.jsonl``, which are not part of this repository.
 """
@@ -65,7 +65,7 @@ def run(name: str, options: argparse.Namespace) -> list[Row]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import dynmask
-    from dynmask.evals.engine import evaluate
+    from dynmask.evals.engine import Interrupted, evaluate
     from dynmask.policies import Gated
 
     torch.set_num_threads(options.threads)
@@ -78,10 +78,13 @@ def run(name: str, options: argparse.Namespace) -> list[Row]:
         label = CARD if index == 0 else f"gated ({path.name})"
         policies[label] = dynmask.MaskCard.from_pretrained(path).policy()
     few = options.ruler_n if name.startswith("ruler") else options.n
-    report = evaluate(
-        model, tokenizer, policies, task, n=few, length=length, measure_rows=16, timing=False,
-        progress=options.jobs == 1,
-    )  # fmt: skip
+    try:
+        report = evaluate(
+            model, tokenizer, policies, task, n=few, length=length, measure_rows=16, timing=False,
+            progress=options.jobs == 1,
+        )  # fmt: skip
+    except Interrupted as stop:  # what was answered counts
+        report = stop.report
     here = {key: report.header[key] for key in ("date", "commit", "versions", "device", "dtype")}
     here["commit"] = options.commit or here["commit"]
     wrong: dict[tuple[str, str], list[int]] = {}
@@ -194,17 +197,25 @@ def main() -> None:
         options.cards = [beside] if beside.is_dir() else []
     for name in options.tasks:
         task_of(name, options.longeval)  # a name that is none fails before the work
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(run, name, options) for name in options.tasks]
-        for done in as_completed(waiting):
-            rows = done.result()
-            new = {(row["model"], row["task"], row["policy"]) for row in rows}
-            kept = [
-                row for row in rows_of(options.out)
-                if (row["model"], row["task"], row["policy"]) not in new
-            ]  # fmt: skip
-            write_rows(options.out, [*kept, *rows])
-            show(rows)
+
+    def keep(rows: list[Row]) -> None:
+        new = {(row["model"], row["task"], row["policy"]) for row in rows}
+        kept = [
+            row
+            for row in rows_of(options.out)
+            if (row["model"], row["task"], row["policy"]) not in new
+        ]
+        write_rows(options.out, [*kept, *rows])
+        show(rows)
+
+    if options.jobs == 1:
+        for name in options.tasks:
+            keep(run(name, options))
+    else:
+        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+            waiting = [pool.submit(run, name, options) for name in options.tasks]
+            for done in as_completed(waiting):
+                keep(done.result())
     if options.out.parent == RESULTS:
         record_goals(rows_of(options.out))
 
