@@ -272,11 +272,15 @@ def main() -> None:
     parser.add_argument("--out", default=str(RESULTS))
     args = parser.parse_args()
     device, out = torch.device(args.device), Path(args.out) / "generator.jsonl"
-    policy = MaskCard.from_pretrained(args.card).policy()
+    card = MaskCard.from_pretrained(args.card)
+    policy = card.policy()
     if not isinstance(policy, Gated) or policy.gates is None:
         parser.error(f"--card: expected a card of gates, received {args.card}")
     here = machine(device)
     here["commit"] = args.commit or here["commit"]
+    kinds = "columns and blocks" if bool(policy.gates.blocks.any()) else "columns alone"
+    guard = "no guard" if policy.guard is None else "guard on"
+    here["card"] = f"max_kl {card.header['settings']['max_kl']:g}, {kinds}, {guard}"
     rows: list[Row] = []
     small = args.smoke
     parts: dict[str, Callable[[], list[Row]]] = {

@@ -1,4 +1,4 @@
-"""Tables of README, docs/performance.md and docs/retained.md, written from the result files:
+"""Tables of README and of pages in docs, written from the result files:
 ``python benchmarks/tables.py``.
 
 A test runs ``text()`` and compares, so a number in README cannot part from its result.
@@ -20,6 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 RETAINED = ROOT / "docs" / "retained.md"
+GENERATOR = ROOT / "docs" / "generator.md"
 MODEL = ROOT / "models" / "dynmask-reference"
 CARD = ROOT / "models" / "dynmask-reference-retained"
 
@@ -176,6 +177,55 @@ def bounded_bytes(width: int, itemsize: int) -> int:
     widths = card.policy(width=width, budget="per_head").width
     # every head of a layer has as many slots as its widest
     return sum(len(layer) * max(layer) for layer in widths) * (pair + SLOT)
+
+
+def gated() -> str:
+    """What the gated policy costs on a GPU, dense attention beside it."""
+    rows = rows_of(RESULTS / "generator.jsonl")
+    by = {(r["case"], r["variant"]): r for r in rows}
+    if not by:
+        return "Not measured yet."
+    lines = [f"bfloat16, {next(iter(by.values()))['device']['name']}:", "",
+             "| gated policy | dense | gated | |", "|---|---|---|---|"]  # fmt: skip
+    for case, dense in (("attention 131,072", "cudnn"), ("Llama-3.2-1B 131,072", "sdpa")):
+        ours, other = by.get((case, "gated")), by.get((case, dense))
+        if ours is None or other is None:
+            continue
+        times = f"{_seconds(other)} | {_seconds(ours)} | {_ratio(other, ours)}"
+        if case.startswith("attention"):
+            what = f"attention, 131,072 tokens, 32/8 heads, d 128, density {ours['density']:.1%}"
+            lines.append(f"| {what}; {ours['card']} | {times} |")
+            continue
+        lines.append(f"| {case.replace(' ', ' shape, first token at ', 1)}; {ours['card']} | "
+                     f"{times} |")  # fmt: skip
+        a, b = (1e-6 * r["decode_peak_bytes"] for r in (other, ours))
+        what = "the same, decoding: peak beyond the weights, `decode=keep`"
+        lines.append(f"| {what} | {a:,.0f} MB | {b:,.0f} MB | {a / b:.0f}x |")
+    return "\n".join(lines)
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    """A median time in the unit that suits it."""
+    median = row["median_s"]
+    return f"{median:.2f} s" if median >= 1 else f"{1e3 * median:.3g} ms"
+
+
+def gated_tasks() -> str:
+    """What the gated policy answers: right answers and density of each task and policy."""
+    rows = [r for r in rows_of(RESULTS / "generator_tasks.jsonl") if r["n"]]
+    if not rows:
+        return "Not measured yet."
+    lines = ["| model | task | policy | right | density | KL | device |", "|" + "---|" * 7]
+    rows.sort(key=lambda r: (r["model"], r["task"], r["policy"] != "full", r["policy"]))
+    for r in rows:
+        right = f"{round(r['accuracy'] * r['n'], 1):g} of {r['n']}"
+        kl = "-" if r["kl"] is None else f"{r['kl']:.4f}"
+        device = r["device"]["name"] if r["device"]["type"] == "cuda" else "CPU"
+        name = f"{r['task']} {r['group']}" if r["task"].startswith("ruler") else r["task"]
+        model = r["model"].removeprefix("dynmask-")
+        cells = (model, name, r["policy"], right, f"{r['density']:.2%}", kl, device)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def cpu() -> str:
@@ -368,6 +418,8 @@ TABLES = {
     "reference": reference,
     "retained": retained,
     "retained-full": retained_full,
+    "gated": gated,
+    "gated-tasks": gated_tasks,
     "cpu": cpu,
     "gpu": gpu,
     "gpu-full": gpu_full,
@@ -386,6 +438,6 @@ def text(page: str) -> str:
 
 
 if __name__ == "__main__":
-    for file in (README, PERFORMANCE, RETAINED):
+    for file in (README, PERFORMANCE, RETAINED, GENERATOR):
         if file.exists():
             file.write_text(text(file.read_text()))

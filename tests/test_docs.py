@@ -45,7 +45,9 @@ def test_the_commands_of_the_readme_exist():
         parser().parse_args(words)  # exits with 2 on an unknown command or option
 
 
-@pytest.mark.parametrize("page", [tables.README, tables.PERFORMANCE, tables.RETAINED])
+@pytest.mark.parametrize(
+    "page", [tables.README, tables.PERFORMANCE, tables.RETAINED, tables.GENERATOR]
+)
 def test_tables_come_from_the_results(page):
     text = page.read_text(encoding="utf-8")
     assert tables.text(text) == text, "run python benchmarks/tables.py"
