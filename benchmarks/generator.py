@@ -96,7 +96,7 @@ def spread(policy: Gated, layers: int, heads: int) -> Gated:
     promise = None if policy.promise is None else wide(policy.promise)
     # attention of random inputs keeps no promise: the guard looks, and lets everything pass
     guard = None if policy.guard is None else 1.0
-    return replace(policy, gates=spread_gates, promise=promise, guard=guard, least=0.0)
+    return replace(policy, gates=spread_gates, promise=promise, guard=guard, least=0.0, card=None)
 
 
 def attend(policy: Gated, keys: int, device: torch.device, rounds: int) -> list[Row]:

@@ -124,7 +124,7 @@ def main():
         }  # fmt: skip
         compile_kernel(f"sums of {rows} rows", worth._sum_kernel, sizes)
         compile_kernel(f"worth to {rows} rows", worth._worth_kernel, sizes)
-        compile_kernel(f"kept of {rows} rows", worth._kept_kernel, sizes)
+    compile_kernel("kept", worth._kept_kernel, {**sizes, "TILE": 16, "PACK": 1})
     chunk = {"CHUNK": select.CHUNK}
     compile_kernel("table", select._table_kernel, {"BUCKET": 2048, "BINS": 2048, **chunk})
     compile_kernel("boundary", select._boundary_kernel, {"BUCKET": 256, "BUCKETS": 128, **chunk})

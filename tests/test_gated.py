@@ -17,6 +17,7 @@ from dynmask.masks import MixedMask
 from dynmask.masks.base import repeat_heads
 from dynmask.policies import Gated, parse
 from dynmask.policies.base import Layer
+from dynmask.policies.gated import spread
 from dynmask.policies.gates import Gates
 from dynmask.policies.kept import kept_mass, sampled_rows
 from tests.tiny import tiny_llama, tiny_qwen3
@@ -386,7 +387,7 @@ def test_soft_masks_of_blocks_or_kept_columns_are_refused():
         Gated(gates=MIXED, soft=True)
     with pytest.raises(ValueError, match="soft: expected decode='select'"):
         Gated(decode="keep", soft=True)
-    with pytest.raises(ValueError, match="strength >= 0"):
+    with pytest.raises(ValueError, match="strength finite and >= 0"):
         Gated(strength=-1)
     with pytest.raises(ValueError, match="budgets without blocks.*COLUMN_BUDGETS"):
         GatedSettings(soft=True)
@@ -929,3 +930,51 @@ def test_short_inputs_are_read_whole():
     assert policy.frees(0, 4, 2) == [False, False], "what a cache drops cannot be read whole"
     with pytest.raises(ValueError, match="dense_up_to: expected 0 where decode='keep'"):
         Gated(decode="keep", dense_up_to=1)
+
+
+def test_what_is_no_column_has_no_bias():
+    """Whatever ``least`` allows: sinks and the window are read anyway."""
+    query, key = 3 * torch.randn(1, 2, 40, 8), 3 * torch.randn(1, 2, 40, 8)
+    policy = Gated(sinks=2, window=4, columns=40, least=0.0, soft=True)
+    _, bias = policy.biased(query, key, Layer(0))
+    assert (bias[..., -4:] == 0).all() and (bias[..., :2] == 0).all()
+
+
+def test_a_worth_spreads_to_the_nearest_first_and_forwards_before_backwards():
+    worth = torch.zeros(9)
+    worth[4] = 1.0
+    found = spread(worth, 5)
+    assert found.argsort(descending=True)[:5].tolist() == [4, 5, 3, 6, 2]
+    assert (found > 0).sum() == 5 and torch.equal(spread(worth, 1), worth)
+    assert spread(worth[4:5], 1023).tolist() == [1.0]
+
+
+def test_gates_and_settings_that_no_calibration_gives_are_refused():
+    with pytest.raises(ValueError, match="gates.share: expected shares of at most 1"):
+        gates_of([[3]], [[2]], share=[[1.5]])
+    with pytest.raises(ValueError, match="strength finite"):
+        Gated(strength=math.inf)
+    for wrong in (
+        {"sinks": 4.5},
+        {"last": 64.0},
+        {"block": 2**40},
+        {"pool": True},
+        {"least": True},
+    ):
+        with pytest.raises(ValueError, match="settings"):
+            GatedSettings(**wrong)
+    with pytest.raises(ValueError, match="settings.max_kl"):
+        GatedSettings(max_kl=10**400)
+
+
+def test_the_model_of_a_card_is_checked():
+    class Card:
+        @staticmethod
+        def check(model):
+            raise ValueError("mask card: expected another model")
+
+    with (
+        pytest.raises(ValueError, match="expected another model"),
+        dynmask.sparsify(tiny_llama(layers=1), Gated(card=Card())),
+    ):
+        pass

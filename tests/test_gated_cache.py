@@ -60,7 +60,7 @@ class Remembering:
     phase: ClassVar[str] = "both"
 
     def __init__(self, policy, prompt=0, skipped=()):
-        self.policy, self.prompt, self.skipped = replace(policy, decode="select"), prompt, skipped
+        self.policy, self.prompt, self.skipped = policy.choosing(), prompt, skipped
         self.frees = policy.frees
         self.chosen = {}
 
@@ -177,7 +177,7 @@ class Beside(Remembering):
 
     def __init__(self, columns, blocks, both, **more):
         super().__init__(columns, **more)
-        self.blocks, self.both = blocks, replace(both, decode="select")
+        self.blocks, self.both = blocks, both.choosing()
 
     def __call__(self, query, key, value, layer):
         if layer.index in self.skipped:
@@ -584,7 +584,7 @@ def test_kept_mass_is_that_of_the_call_that_begins():
     with sparsify(model, policy_of(2, "keep"), measure_rows=4) as run:
         generate(model, ids, None, GatedCache(run))
         own = run.summary()
-    with sparsify(model, policy_of(2, "select"), measure_rows=4) as run:
+    with sparsify(model, policy_of(2, "keep").choosing(), measure_rows=4) as run:
         model(ids)
         assert own["prefill"]["kept_mass"] == pytest.approx(run.summary()["prefill"]["kept_mass"])
     assert own["decode"]["kept_mass"] is None and 0 < own["decode"]["density"] < 1
@@ -709,8 +709,10 @@ def test_generate_and_evaluate_on_the_command_line(tmp_path, capsys, monkeypatch
     assert len(caches) == 1 and caches[0].get_seq_length() > 60
     assert result["policy"] == policy and 0 < result["density_decode"] < 1
     asked = ["evaluate", "--model", model, "--task", "lines", "--length", "200", "--n", "1"]
-    assert cli.main([*asked, "--policy", policy, "--timing-items", "1", "--quiet"]) == 0
+    asked += ["--timing-items", "1", "--quiet", "--no-plots", "--out", str(tmp_path / "out")]
+    assert cli.main([*asked, "--policy", policy]) == 0
     assert policy in capsys.readouterr().out and len(caches) >= 2
+    assert policy in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_card_may_be_asked_to_keep(tmp_path):

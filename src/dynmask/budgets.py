@@ -136,13 +136,23 @@ class GatedSettings:
             if name == "density" and value is None:
                 continue
             top = math.inf if name == "max_kl" else 1
-            good = type(value) in (int, float) and math.isfinite(value) and 0 <= value <= top
+            good = type(value) in (int, float) and 0 <= value <= top and value < 1e300
             if not good or (value == 0 and name != "late"):
                 raise bad(f"settings.{name}", "a number above 0, shares up to 1", repr(value))
         for name in ("judged", "rank", "steps", "lessons"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= MAX_HIDDEN:
                 raise bad(f"settings.{name}", f"a whole number from 1 to {MAX_HIDDEN}", repr(value))
+        for name in ("sinks", "last", "pool", "block", "query_pool", "key_pool"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < 2**31:
+                raise bad(f"settings.{name}", "a whole number below 2**31", repr(value)[:40])
+        if type(self.least) not in (int, float):
+            raise bad("settings.least", "a share", repr(self.least)[:40])
+        for budget in budgets:
+            sizes = (budget.window, budget.columns, budget.blocks)
+            if any(type(size) is not int for size in sizes):
+                raise bad("settings.budgets", "whole numbers of keys", repr(budget)[:80])
         self._check_encoder()
         if self.guard is not None and type(self.guard) not in (int, float):
             raise bad("settings.guard", "a share, or None", repr(self.guard))
@@ -155,7 +165,7 @@ class GatedSettings:
         """Raise ValueError for soft masks where they cannot be."""
         if type(self.soft) is not bool:
             raise bad("settings.soft", "True or False", repr(self.soft))
-        if type(self.strength) not in (int, float) or not math.isfinite(self.strength):
+        if type(self.strength) not in (int, float) or not abs(self.strength) < 1e300:
             raise bad("settings.strength", "a finite number", repr(self.strength))
         if self.soft and any(budget.blocks for budget in self.budgets):
             raise bad(
@@ -231,7 +241,7 @@ def gated_of(
     promise = card.header.get("least_mass")
     promise = None if promise is None else torch.tensor(promise)
     policy = settings.policy(gates, promise, _encoders_of(card, settings))
-    return replace(policy, decode=decode, dense_up_to=dense_up_to)
+    return replace(policy, decode=decode, dense_up_to=dense_up_to, card=card)
 
 
 def _encoders_of(card: MaskCard, settings: GatedSettings) -> tuple[BlockEncoder | None, ...] | None:

@@ -241,13 +241,25 @@ class MaskCard:
             tensors[name] = torch.frombuffer(data[first:last], dtype=dtype).view(shape)
         return cls(header, tensors)
 
+    @property
+    def settings(self) -> str:
+        """What the policy was calibrated with, in words; lists are in the header."""
+        given = self.header["settings"].items()
+        return ", ".join(
+            f"{k} {v}" for k, v in given if v is not None and not isinstance(v, list | dict)
+        )
+
     def _summary(self) -> str:
         model, data = self.header["model"], self.header["data"]
         shape = (
             f"{model['layers']} layers, {model['heads']} query heads, "
             f"{model['kv_heads']} kv heads, head dim {model['head_dim']}"
         )
-        settings = ", ".join(f"{name} {value}" for name, value in self.header["settings"].items())
+        cost = ""
+        if "kl" in self.header:
+            cost = (
+                f"\n| divergence | {self.header['kl']:.4g} nats, {self.header['trials']} trials |"
+            )
         return f"""---
 library_name: dynmask
 tags: [sparse-attention, long-context]
@@ -259,7 +271,7 @@ tags: [sparse-attention, long-context]
 | model | {shape} |
 | fingerprint | `{model["fingerprint"]}` |
 | calibrated on | {data["documents"]} documents, {data["tokens"]} tokens |
-| settings | {settings} |
+| settings | {self.settings} |{cost}
 | density at L {self.length} | {_mean(self.density):.2%} of the causal pairs |
 | attention mass kept | {_mean(self.kept_mass):.2%} |
 | written by | dynmask {self.header["version"]} |

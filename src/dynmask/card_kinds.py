@@ -231,7 +231,7 @@ class GatedTensors:
 
         try:
             settings_of(header["settings"])
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, OverflowError, RuntimeError) as error:
             require(False, "settings of a gated policy", str(error)[:120])
         for name in ("kl", "kl_hard"):
             kl = header.get(name, 0 if name == "kl_hard" else None)

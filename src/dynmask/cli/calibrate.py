@@ -252,6 +252,7 @@ def _refuse_other_options(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')}: expected with another --policy than "
                 f"{arguments.policy}, which it says nothing about; leave it out"
+                + (" and pass --lengths" if name == "length" else "")
             )
 
 

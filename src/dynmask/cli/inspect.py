@@ -140,18 +140,45 @@ def describe_card(card: Any) -> str:
     """Return a card's header and, per head, its density and kept mass, as text."""
     header = card.header
     model, data = header["model"], header["data"]
-    settings = ", ".join(f"{name} {value}" for name, value in header["settings"].items())
     lines = [
         f"mask card   {header['policy']}, written by dynmask {header['version']}",
         f"model       {model['architecture']}, {model['layers']} layers, {model['heads']} heads, "
         f"{model['kv_heads']} kv heads, fingerprint {model['fingerprint'][:12]}",
         f"data        {data['documents']} documents, {data['tokens']:,} tokens",
-        f"settings    {settings}",
+        f"settings    {card.settings}",
+        *_gates(card),
         "",
         f"{'patterns' if header['policy'] == 'dam' else 'masks'} over {card.length} positions:",
         _per_head(card.density, card.kept_mass),
     ]
     return "\n".join(lines)
+
+
+def _gates(card: Any) -> list[str]:
+    """Return what each map of a gated card reads, one line per layer, and what that costs."""
+    header, tensors = card.header, card.tensors
+    if header["policy"] != "gated":
+        return []
+    block = header["settings"].get("block", 64)
+    lines = [
+        f"divergence  {header['kl']:.4g} nats, {header['trials']} trials",
+        "",
+        f"gates of heads 0 to {tensors['window'].shape[1] - 1}: window + columns, or window + "
+        f"blocks x {block}; a share of the input comes on top",
+    ]
+    for layer, windows in enumerate(tensors["window"].tolist()):
+        cells = []
+        for head, window in enumerate(windows):
+            columns, blocks = (
+                int(tensors[name][layer, head]) if name in tensors else 0
+                for name in ("columns", "blocks")
+            )
+            share = float(tensors["share"][layer, head])
+            text = f"{window}+{blocks}x{block}" if blocks else f"{window}+{columns}"
+            dense = window == 2**31 - 1
+            cells.append("dense" if dense else text + (f"+{share:.0%}" if share else ""))
+        lines.append(f"{layer:>5}  " + "  ".join(f"{cell:>11}" for cell in cells))
+    return lines
 
 
 def _per_head(density: list[Any], mass: list[Any] | None) -> str:

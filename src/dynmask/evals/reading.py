@@ -116,7 +116,8 @@ def _record(
 ) -> _Record:
     recorder = recorder_of(policy, PIXELS)
     with attend(model, recorder, impl, measure=True, measure_rows=measure_rows) as run:
-        greedy(model, ids, 2)
+        # under "keep" a decoded token reads what the prompt chose: there is no row of its own
+        greedy(model, ids, 1 if getattr(policy, "decode", None) == "keep" else 2)
         summary = run.summary()["prefill"]
     heads = text_config(model).num_attention_heads
     pictures = [

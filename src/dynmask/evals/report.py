@@ -242,7 +242,7 @@ class Report:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(
                 f"{path}: expected a report in JSON, received {error}; "
                 "pass a file that dynmask evaluate --out wrote"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,7 +97,7 @@ class LayerPlan:
             for wanted in (True, False)
         )
         freed_queries, whole_queries = (_queries(some, members) for some in (freed, whole))
-        asked = replace(policy, decode="select")
+        asked = policy.choosing()
         return cls(
             index=index,
             policy=asked,
@@ -288,7 +288,7 @@ class GatedCache(OwnedCache):
                 "Use decode='keep', or leave the cache to generate().",
             )
         self._own(run, attention_modules(run.model))
-        self.policy = replace(policy, decode="select")
+        self.policy = policy.choosing()
         for index, plan in plans.items():
             layers[index] = GatedLayer(self, plan, prompt)
         super().__init__(layers=layers)

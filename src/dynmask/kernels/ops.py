@@ -34,6 +34,12 @@ def fused(device: torch.device) -> bool:
     return device.type == "cuda" and has_triton()
 
 
+def fused_rows(query: Tensor) -> bool:
+    """Whether the kernels for a few query rows (``triton/worth.py``) take such queries."""
+    kinds = (torch.float16, torch.bfloat16, torch.float32)
+    return fused(query.device) and query.dtype in kinds and query.shape[-1] <= 256
+
+
 def _operator(fake: Callable, mutates: Sequence[str] = ()) -> Callable[[Callable], Callable]:
     """Register a function as an operator and call it as one only where PyTorch traces."""
 

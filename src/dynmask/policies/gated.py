@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,31 @@ from .base import Layer, check_field
 from .blocks import BlockChoice
 from .gates import Gates
 from .guard import GUARD_ROWS, guarded, widened
+
+KEPT_POOL = 15
+"""Neighbours that are kept together, at least: seven on either side, an answer of some tokens."""
+
+
+MOST_POOL = 1023
+FADE = 1e-4
+"""Share of a worth that is lost with each step to a neighbour, so that no two are equal."""
+
+
+def spread(worth: Tensor, pool: int) -> Tensor:
+    """Each key's worth, or that of a neighbour within ``pool``, less a little for each step.
+
+    Of neighbours equally far away the one that follows comes first.
+
+    Args:
+        worth: [..., keys], 0 or more.
+        pool: odd, the key itself counted.
+    """
+    out, pad = worth, torch.nn.functional.pad
+    for step in range(1, min(pool // 2, worth.shape[-1] - 1) + 1):
+        follows = pad(worth[..., :-step], (step, 0)) * (1 - 2 * step * FADE)
+        precedes = pad(worth[..., step:], (0, step)) * (1 - (2 * step + 1) * FADE)
+        out = torch.maximum(out, torch.maximum(follows, precedes))
+    return out
 
 
 @dataclass(frozen=True)
@@ -45,7 +71,7 @@ class Gated:
         least: worth of a column, at least.
         last: queries that are looked at.
         pool: neighbours whose worth a key takes over, itself counted, odd: what follows a key
-            that is found is what is asked for.
+            that is found is what is asked for. Nearer neighbours come first, see :func:`spread`.
         blocks: key blocks that each query block chooses, without gates; needs ``columns=0``.
         block: positions in a block, of queries and of keys.
         query_pool, key_pool: positions in a pool; they divide ``block``.
@@ -64,9 +90,11 @@ class Gated:
         decode: what columns are while tokens are decoded. "select" chooses them anew from all
             keys for every token. "keep" leaves those that the prompt's last queries chose, so
             that a ``dynmask.GatedCache``, which it needs, can drop the other keys. Blocks are
-            chosen anew in any case.
+            chosen anew in any case. As what follows a key that is found is asked for later, the
+            choice of "keep" takes its neighbours along: ``pool`` is at least ``KEPT_POOL``.
         dense_up_to: inputs of so many keys are read whole, for choosing among few costs a GPU
             more than it saves (``docs/generator.md``). No cache drops keys then.
+        card: the MaskCard that the gates come from; other models than its own are refused.
     """
 
     sinks: int = 4
@@ -88,6 +116,7 @@ class Gated:
     strength: float = 1.0
     decode: Literal["select", "keep"] = "select"
     dense_up_to: int = 0
+    card: Any = field(default=None, compare=False, repr=False)
 
     name: ClassVar[str] = "gated"
     causal: ClassVar[bool] = False
@@ -99,8 +128,8 @@ class Gated:
             check_field(self.name, name, value, value >= least, f">= {least}")
         check_field(self.name, "share", self.share, 0 <= self.share <= 1, "in [0, 1]")
         check_field(self.name, "least", self.least, 0 <= self.least <= 1, "in [0, 1]")
-        odd = self.pool >= 1 and self.pool % 2 == 1
-        check_field(self.name, "pool", self.pool, odd, "odd and >= 1")
+        odd = 1 <= self.pool <= MOST_POOL and self.pool % 2 == 1
+        check_field(self.name, "pool", self.pool, odd, f"odd and from 1 to {MOST_POOL}")
         self._check_blocks()
         if self.decode not in ("select", "keep"):
             raise bad("gated: decode", "'select' or 'keep'", repr(self.decode))
@@ -129,7 +158,8 @@ class Gated:
 
     def _check_kinds(self) -> None:
         """Raise ValueError for options that the kinds of maps, or each other, rule out."""
-        check_field(self.name, "strength", self.strength, self.strength >= 0, ">= 0")
+        good = 0 <= self.strength < math.inf
+        check_field(self.name, "strength", self.strength, good, "finite and >= 0")
         check_field(self.name, "dense_up_to", self.dense_up_to, self.dense_up_to >= 0, ">= 0")
         if self.dense_up_to and self.decode == "keep":
             raise bad(
@@ -190,6 +220,12 @@ class Gated:
         if factor is not None and layer.tell is not None:
             layer.tell("widened", factor)
         return made
+
+    def choosing(self) -> Gated:
+        """The policy of a call whose choice stays, with any cache."""
+        if self.decode == "select":
+            return self
+        return replace(self, decode="select", pool=max(self.pool, KEPT_POOL))
 
     def windows(self, layer: int, heads: int) -> list[int]:
         """The window of each query head of a layer; ``LifetimeMask.INF`` where it is dense."""
@@ -291,6 +327,7 @@ class Gated:
             chosen, worth = self._columns(query, key, width, layer.first_key, most)
             limit = columns.to(key.device, non_blocking=True)[..., None]
             keep = (torch.arange(most, device=key.device) < limit) & (worth >= self.least)
+            keep &= worth > 0  # sinks and what is in the window are no columns
             old = death.gather(-1, chosen)
             death.scatter_(-1, chosen, old.masked_fill(keep, LifetimeMask.INF))
             if self.soft:
@@ -328,10 +365,10 @@ class Gated:
         What sinks and the last row's window hold is worth nothing here: it is read anyway.
         """
         rows, keys = query[:, :, -self.last :], key.shape[2]
-        worth_to = ops.key_worth if ops.fused(key.device) else key_worth
+        worth_to = ops.key_worth if ops.fused_rows(query) else key_worth
         worth = worth_to(rows, key, width[..., 0])
         if self.pool > 1:
-            worth = torch.nn.functional.max_pool1d(worth, self.pool, 1, self.pool // 2)
+            worth = spread(worth, self.pool)
         worth[..., : max(self.sinks - first_key, 0)] = 0
         if self.pool > 1:  # what spread into the newest row's window is read anyway
             k = torch.arange(keys, device=key.device)

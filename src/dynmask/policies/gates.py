@@ -47,6 +47,10 @@ class Gates:
                     f"gates.{item.name}: expected numbers of at least {least}, received "
                     f"{x.min().item()}"
                 )
+        if not bool((self.share <= 1).all()):
+            raise ValueError(
+                f"gates.share: expected shares of at most 1, received {self.share.max().item()}"
+            )
         both = (self.columns > 0) & (self.blocks > 0)
         if bool(both.any()):
             layer, head = both.nonzero()[0].tolist()

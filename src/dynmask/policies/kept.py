@@ -43,7 +43,7 @@ def kept_mass(
     (batch, heads, _, dim), (groups, keys) = query.shape, key.shape[1:3]
     members = heads // groups
     factor = dim**-0.5 if scale is None else scale
-    if isinstance(mask, LifetimeMask) and ops.fused(key.device):
+    if isinstance(mask, LifetimeMask) and ops.fused_rows(query):
         position = torch.tensor(rows, dtype=torch.int32) + mask.offset
         return ops.kept_share(
             query[:, :, rows], key, position.to(key.device, non_blocking=True), mask.death,
