@@ -25,6 +25,14 @@ from .masks import Mask
 from .masks.base import check_whole
 from .masks.part import part_of
 
+# Newer names of the same collectives, where torch has them.
+_all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)
+_reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or getattr(
+    dist, "reduce_scatter_tensor", None
+)
+
 POSITIONS = 2
 """The dimension of positions in queries, keys, values and biases."""
 
@@ -264,7 +272,7 @@ def agree(
         device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
     own = torch.tensor(padded, device=device)
     every = own.new_empty(dist.get_world_size(group) * FACTS)
-    dist.all_gather_into_tensor(every, own, group=group)
+    _all_gather_single(every, own, group=group)
     rows = every.view(-1, FACTS).tolist()
     if problem is not None:
         raise problem
@@ -324,7 +332,7 @@ def _all_gather(x: Tensor, split: Split, group: dist.ProcessGroup | None, dim: i
         sent = x.new_zeros(shape)
         sent.narrow(dim, 0, x.shape[dim]).copy_(x)
     parts = x.new_empty(split.ranks, sent.numel())
-    dist.all_gather_into_tensor(parts.view(-1), sent.view(-1), group=group)
+    _all_gather_single(parts.view(-1), sent.view(-1), group=group)
     shape[dim] = split.length
     out = x.new_empty(shape)
     shape[dim] = most
@@ -347,7 +355,7 @@ def _reduce_scatter(
         for a, b in _pairs(grad, part, split, rank, dim):
             b.copy_(a)
     own = torch.empty(shape, dtype=wide, device=grad.device)
-    dist.reduce_scatter_tensor(own.view(-1), parts.view(-1), group=group)
+    _reduce_scatter_single(own.view(-1), parts.view(-1), group=group)
     return own.narrow(dim, 0, split.size(dist.get_rank(group))).to(grad.dtype)
 
 
