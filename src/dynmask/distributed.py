@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from .errors import bad
 from .masks import Mask
 from .masks.base import check_whole
 from .masks.part import part_of
+
+if TYPE_CHECKING:
+    from .integrations.context import context_parallel
 
 # Newer names of the same collectives, where torch has them.
 _all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(
@@ -287,9 +290,10 @@ def agree(
         part = slice(at + 1, at + 1 + len(values))
         for rank, row in enumerate(rows):
             if row[at : part.stop] != padded[at : part.stop]:
+                theirs = row[at + 1 : at + 1 + row[at]]
                 raise bad(
                     f"ranks: {name}", f"the same on all ranks ({list(values)} here)",
-                    f"{row[part]} on rank {rank}", "Make the same call on every rank.",
+                    f"{theirs} on rank {rank}", "Make the same call on every rank.",
                 )  # fmt: skip
         at = part.stop
 
@@ -423,22 +427,18 @@ def _facts(
         return () if x is None else tuple(n for i, n in enumerate(x.shape) if i != POSITIONS)
 
     def kind(x: Tensor | None) -> tuple[int, ...]:
-        """A dtype as bytes of its name, and whether gradients are wanted."""
         if x is None:
             return ()
-        name = int.from_bytes(str(x.dtype).removeprefix("torch.").encode()[:7], "big")
-        return name, int(x.requires_grad and torch.is_grad_enabled())
+        wanted = x.requires_grad and torch.is_grad_enabled()
+        return x.dtype.itemsize, int(x.dtype == torch.bfloat16), int(wanted)
 
     known = isinstance(mask, Mask)
+    shared = {"key": key, "value": value, "bias": bias}
+    named = {"query": query, **shared}
     return {
         "length and balance of the split": (split.length, int(split.balanced)),
-        "query sizes without positions": sizes(query),
-        "key sizes without positions": sizes(key),
-        "value sizes without positions": sizes(value),
-        "bias sizes without positions": sizes(bias),
-        "key dtype and gradient": kind(key),
-        "value dtype and gradient": kind(value),
-        "bias dtype and gradient": kind(bias),
+        **{f"{name} sizes but positions": sizes(x) for name, x in named.items()},
+        **{f"{name} bytes a number, bfloat16, gradient": kind(x) for name, x in shared.items()},
         "mask batch and heads": (mask.batch, mask.heads) if known else (),
     }
 
@@ -465,4 +465,13 @@ def own_rank(split: Split, group: dist.ProcessGroup | None) -> int:
     return dist.get_rank(group)
 
 
-__all__ = ["Split", "context_attention", "gather"]
+def __getattr__(name: str) -> object:
+    """Load what needs transformers when it is first asked for."""
+    if name != "context_parallel":
+        raise AttributeError(f"module 'dynmask.distributed' has no attribute {name!r}")
+    from .integrations.context import context_parallel
+
+    return context_parallel
+
+
+__all__ = ["Split", "context_attention", "context_parallel", "gather"]

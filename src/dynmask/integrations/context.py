@@ -105,7 +105,7 @@ class Context:
         problem = self._problem(where, query, key, cache)
         if first:
             batch, heads, _, dim = query.shape
-            facts = {"batch, heads, head dim": (batch, heads, dim)}
+            facts: dict[str, tuple[int, ...]] = {"batch, heads, head dim": (batch, heads, dim)}
             facts["split"] = (self.split.length, int(self.split.balanced))
             facts["gradient"] = (int(key.requires_grad),)
             agree(self.group, facts, problem, query.device)
