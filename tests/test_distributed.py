@@ -357,8 +357,31 @@ def tensor_cases(cases, folder):
             at = slice(2 * cases.rank, 2 * cases.rank + 2)
             for layer, own in zip(all_heads, own_heads, strict=True):
                 assert own == pytest.approx(layer[at])
+    with cases.case("tensor whole attention"), torch.no_grad():
+        results = []
+        for more in ({}, {"tp_plan": "auto"}):
+            olmo: Any = AutoModelForCausalLM.from_pretrained(f"{folder}/olmo", **more)
+            with dynmask.sparsify(olmo, policies["elastic"][0]) as run:
+                results.append(olmo(ids).logits)
+                assert run.shard == (0, 1)
+        cases.same(results[1], results[0])
     with cases.case("refuses: scores of all values"):
         dynmask.sparsify(split, POLICIES["retained"])
+
+
+def tiny_olmo2():
+    """Its plan splits the weights of attention and gathers the heads again."""
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    from tests.tiny import tiny_llama
+
+    llama = tiny_llama().config
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("num_attention_heads", "num_key_value_heads", "initializer_range", "pad_token_id")
+    shape = {name: getattr(llama, name) for name in names}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Olmo2ForCausalLM(Olmo2Config(**shape, eos_token_id=None))
 
 
 def rank_main(rank, folder):
@@ -388,6 +411,7 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     model = tiny_llama()
     model.save_pretrained(folder / "model")
+    tiny_olmo2().save_pretrained(folder / "olmo")
     texts = [
         torch.randint(2, 256, (12,), generator=torch.Generator().manual_seed(i)) for i in (0, 1)
     ]
@@ -400,7 +424,7 @@ def found(tmp_path_factory):
 def test_two_ranks_are_one_process(found):
     for cases in found:
         results = {k: v for k, v in cases.items() if not k.startswith("refuses")}
-        assert len(results) == 50
+        assert len(results) == 51
         wrong = {k: v for k, v in results.items() if not isinstance(v, float) or v > TOLERANCE}
         assert not wrong
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import bad
 from ..policies.base import Sharded
-from .checks import attention_modules, decoder_config
+from .checks import decoder_config
+
+KEYS = ("k_proj", "kv_b_proj", "qkv_proj", "query_key_value")
+"""Projections whose outputs are an attention's keys, as tensor parallel plans name them."""
 
 
 def shard_of(model: PreTrainedModel) -> tuple[int, int]:
@@ -17,23 +19,16 @@ def shard_of(model: PreTrainedModel) -> tuple[int, int]:
 
     A model that was loaded with ``tp_plan="auto"`` calls its attention function with plain tensors
     of the local heads, rank r with the r-th of equal runs of heads. Some plans leave attention
-    whole (gpt-oss).
+    whole (gpt-oss), or gather its heads again (Olmo 2, whose norm is over all of them).
 
     Raises:
-        ValueError: heads that the ranks cannot share by whole groups, or that are split in some
-            layers only.
+        ValueError: heads that the ranks cannot share by whole groups, or no device mesh.
     """
     ranks = getattr(model, "_tp_size", None) or 1
-    if ranks == 1:
+    plan: dict[str, str] = getattr(model, "tp_plan", None) or {}
+    by_heads = {style for name, style in plan.items() if name.rsplit(".", 1)[-1] in KEYS}
+    if ranks == 1 or "colwise" not in by_heads:
         return 0, 1
-    split = {_is_split(module) for module in attention_modules(model)}
-    if split == {False}:
-        return 0, 1
-    if len(split) > 1:
-        raise bad(
-            "model", "attention that is split by heads in all layers, or in none",
-            "some of each", "Load it with another tp_plan.",
-        )  # fmt: skip
     config = decoder_config(model)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -42,18 +37,13 @@ def shard_of(model: PreTrainedModel) -> tuple[int, int]:
             "model", f"kv heads that {ranks} ranks share evenly", kv_heads,
             "Use as many ranks as divide the kv heads.",
         )  # fmt: skip
-    mesh: Any = model._device_mesh
+    mesh: Any = getattr(model, "_device_mesh", None)
+    if mesh is None:
+        raise bad(
+            "model", "one that transformers split over a device mesh", "one without",
+            "Load it with from_pretrained(..., tp_plan='auto').",
+        )  # fmt: skip
     return mesh.get_local_rank("tp" if "tp" in (mesh.mesh_dim_names or ()) else None), ranks
-
-
-def _is_split(module: nn.Module) -> bool:
-    """Whether a projection of an attention module is split along its outputs, the heads."""
-    return any(
-        placement.is_shard(0)
-        for name, parameter in module.named_parameters()
-        if name.endswith("weight")
-        for placement in getattr(parameter, "placements", ())
-    )
 
 
 def policy_of(policy: Any, shard: tuple[int, int]) -> Any:
@@ -69,7 +59,7 @@ def check_heads(received: int, model: PreTrainedModel, shard: tuple[int, int]) -
     if getattr(model, "_tp_size", None) not in (None, 1) and received != expected:
         raise bad(
             "tensor parallelism", f"attention of {expected} heads on this rank", received,
-            "Use a version of transformers whose tp_plan splits weights into DTensors.",
+            "Load the model without tp_plan, or with one that splits all layers alike.",
         )  # fmt: skip
 
 
