@@ -5,8 +5,10 @@ and writes the largest difference, or the error it met, under the case's name.
 """
 
 import json
+import os
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -20,8 +22,10 @@ import dynmask
 from dynmask import BlockMask, LifetimeMask, Mask, PlacedMask, StructuralMask, spans_left_padded
 from dynmask.distributed import Split, context_attention, context_parallel, gather
 from dynmask.masks import MixedMask, UnionMask
+from dynmask.masks.base import repeat_heads
 from dynmask.masks.part import part_of
 from dynmask.policies import Causal, Elastic, Gated, Retained, SnapKV, Streaming, VerticalSlash
+from dynmask.policies.base import Layer
 from dynmask.policies.gates import Gates
 from tests.policies import POLICIES
 
@@ -141,6 +145,58 @@ def test_a_mask_of_an_unknown_kind_is_refused():
         part_of(Odd(), (0, 1))
 
 
+# policies cut by rank
+
+
+def pair_scores(layers=2, groups=2, dim=16):
+    from dynmask.nn import PairScore
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return tuple(PairScore(groups, dim, 4).requires_grad_(False) for _ in range(layers))
+
+
+def per_head_policies():
+    """Policies with numbers of single heads: 2 layers, 4 heads, 2 kv heads of dim 8."""
+    from dynmask.encoder import BlockEncoder
+
+    window = torch.tensor([[2, 30, 7, 4], [3, INF, 5, 6]], dtype=torch.int32)
+    columns = torch.tensor([[3, 0, 0, 5], [0, 0, 2, 1]], dtype=torch.int32)
+    several = torch.tensor([[2, 0, 1, 3], [1, 2, 0, 0]], dtype=torch.int32)
+    none = torch.zeros_like(several)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        coder = BlockEncoder(HEADS, GROUPS, DIM, block=4, rank=3, query_pool=2, key_pool=2)
+        torch.nn.init.normal_(coder.of_key)
+        torch.nn.init.uniform_(coder.gain)
+    blocks = Gates(window.clamp(max=9), none, torch.zeros(2, 4), several)
+    sizes: dict[str, Any] = {"block": 4, "query_pool": 2, "key_pool": 2}
+    return {
+        "elastic": Elastic(((1, 5, 9, 2), (3, 3, 8, 20)), 0.1, 2, 1),
+        "retained": Retained(pair_scores(dim=DIM), ((9, 20), (12, 8)), 5, 2),
+        "gates": Gated(sinks=2, last=5, gates=Gates(window, columns, torch.zeros(2, 4))),
+        "promise": Gated(
+            sinks=2, window=3, columns=1, guard=0.05, promise=torch.linspace(0, 1, 8).view(2, 4)
+        ),
+        "encoders": Gated(sinks=2, gates=blocks, encoders=(coder, None), **sizes),
+    }
+
+
+@pytest.mark.parametrize("name", per_head_policies())
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_policy_cut_by_rank_reads_what_its_heads_read(name, layer):
+    policy = per_head_policies()[name]
+    q, k, v = (2 * drawn(BATCH, h, 140, DIM, seed=h) for h in (HEADS, GROUPS, GROUPS))
+    expected = repeat_heads(policy(q, k, v, Layer(layer)).dense(), HEADS)
+    for rank in range(RANKS):
+        own, kv = slice(2 * rank, 2 * rank + 2), slice(rank, rank + 1)
+        mask = policy.of_shard(rank, RANKS)(q[:, own], k[:, kv], v[:, kv], Layer(layer))
+        found = repeat_heads(mask.dense(), 2)
+        assert torch.equal(
+            found.expand(BATCH, -1, -1, -1), expected.expand(BATCH, -1, -1, -1)[:, own]
+        )
+
+
 # what a rank does
 
 
@@ -255,14 +311,6 @@ MODELS = {
         sinks=2, window=5, columns=0, blocks=1, block=4, query_pool=2, key_pool=2
     ),
 }
-
-
-def pair_scores(layers=2, groups=2, dim=16):
-    from dynmask.nn import PairScore
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return tuple(PairScore(groups, dim, 4).requires_grad_(False) for _ in range(layers))
 
 
 def model_cases(cases):
@@ -387,11 +435,13 @@ def tiny_olmo2():
 def rank_main(rank, folder):
     torch.set_num_threads(1)
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS}
-    import os
-
     os.environ.update({name: str(value) for name, value in environment.items()})
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=RANKS
+        "gloo",
+        init_method=f"file://{folder}/init",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(seconds=60),  # a rank alone with an error is not waited for long
     )
     cases = Cases(rank)
     context_cases(cases)
