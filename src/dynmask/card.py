@@ -295,6 +295,7 @@ def fingerprint(model: nn.Module) -> str:
 
     The sample is up to 16 evenly spread elements of every parameter, rounded to bfloat16, so that
     the same checkpoint gives the same fingerprint in float32 and in bfloat16 and on any device.
+    Parameters that are split over processes are gathered one at a time: every process calls this.
     """
     digest = hashlib.sha256(json.dumps(_shape_of(model), sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):
@@ -303,13 +304,19 @@ def fingerprint(model: nn.Module) -> str:
                 f"model: expected loaded weights, received {name} on the meta device. "
                 "Load the weights before you calibrate or check a card."
             )
-        digest.update(f"{name} {tuple(parameter.shape)} {_sample(parameter)}\n".encode())
+        digest.update(f"{name} {tuple(parameter.shape)} {_sample(whole(parameter))}\n".encode())
     return digest.hexdigest()
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """The `model` entry of a card's header."""
     return {"fingerprint": fingerprint(model), **_shape_of(model)}
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter itself, or all of one that is split over processes (a DTensor)."""
+    gathered = getattr(parameter, "full_tensor", None)
+    return parameter if gathered is None else gathered()
 
 
 def _sample(parameter: Tensor) -> list[float]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -151,6 +153,14 @@ class PairScore(Score):
         x = torch.cat([unit for unit, _ in pair] + [size for _, size in pair], -1)
         hidden = nn.functional.silu(x @ self.w_in.to(dtype) + self.b_in.to(dtype))
         return (hidden @ self.w_out.to(dtype))[..., 0]
+
+    def of_heads(self, heads: Sequence[int]) -> PairScore:
+        """The scores of some kv heads: the same numbers, and nothing is learned through them."""
+        part = copy.copy(self)
+        part._parameters = {}
+        for name, x in self.named_parameters():
+            setattr(part, name, nn.Parameter(x.detach()[list(heads)], False))
+        return part
 
     def bias(self, scores: Tensor) -> None:
         """Nothing is added to the logits."""

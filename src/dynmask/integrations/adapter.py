@@ -18,6 +18,7 @@ from ..policies.base import evicts
 from .cache import BoundedCache
 from .calls import NO_CALL, Call, take_call
 from .checks import check_call
+from .context import Context
 from .gated_cache import GatedCache, GatedLayer, Heads
 from .placement import Placement, is_linear
 from .rotary import unrotate_of
@@ -53,12 +54,17 @@ class Adapter:
     def __init__(self, impl: str) -> None:
         self._impl = impl
         self._placements: dict[tuple[int, ...], tuple[weakref.ref[Tensor], Placement]] = {}
+        self._context: Context | None = None
+        self._first_layer = 0
 
     # what a run and converted models do differently
 
     def _policy(self, module: nn.Module) -> Any:
         """The policy of a layer; ValueError for a layer that is none of ours."""
         raise NotImplementedError
+
+    def _check_heads(self, heads: int) -> None:
+        """Refuse query heads that the policy was not made for."""
 
     def _note(self, site: Site, phase: str, query: Tensor, mask: Mask, bias: Tensor | None) -> None:
         """Hear of an attention call that is about to be computed."""
@@ -102,6 +108,7 @@ class Adapter:
         """The attention function: query [b, h, q, d], returns [b, q, h, dv]."""
         policy = self._policy(module)
         check_call(module, dropout, softcap, kwargs)
+        self._check_heads(query.shape[1])
         if torch.is_autocast_enabled(query.device.type):
             # norms and the rotation may have computed in a wider dtype than the projections
             query, key = query.to(value.dtype), key.to(value.dtype)
@@ -112,7 +119,9 @@ class Adapter:
         where = self._placement(attention_mask, query, key, sliding_window)
         index = int(module.layer_idx)  # type: ignore[arg-type]
         site = Site(module, index, policy, where, scale, s_aux, call)
-        if isinstance(call.cache, BoundedCache):
+        if self._context is not None:
+            out = self._in_context(self._context, site, query, key, value)
+        elif isinstance(call.cache, BoundedCache):
             linear = attention_mask is not None and is_linear(attention_mask)
             out = self._bounded(site, call.cache, linear, query, key, value)
         elif isinstance(call.cache, GatedCache):
@@ -176,6 +185,30 @@ class Adapter:
             out[batches, :, span.queries] = part
         assert out is not None
         return out
+
+    def _in_context(
+        self, context: Context, site: Site, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """Ask the policy about the whole sequence, attend for this process's rows of it."""
+        head = site.index == self._first_layer
+        where = context.place(site.where, query, key, site.call.cache, head)
+        rows = slice(0, len(query)), slice(0, query.shape[2])
+        unrotate = unrotate_of(site.module, site.call, *rows, 0)
+        site = site._replace(where=where)
+        with torch.no_grad():
+            every = context.all(query)
+        k, v = context.all(key), context.all(value)
+        hear = partial(self._hear, site, "prefill")
+        layer = Layer(site.index, 0, context.unrotate(unrotate, key), hear)
+        mask, bias = self._ask(site, "prefill", layer, every, k, v)
+        self._measure(site, "prefill", mask, 0, every, k)
+        self._note(site, "prefill", every, mask, bias)
+
+        def attend(q: Tensor, own: Mask) -> Tensor:
+            part = None if bias is None else bias[..., : own.keys]
+            return self._compute(site, q, k[:, :, : own.keys], v[:, :, : own.keys], own, part)
+
+        return context.rows(query, mask, attend)
 
     def _bounded(
         self,

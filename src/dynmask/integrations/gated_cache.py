@@ -265,6 +265,7 @@ class GatedCache(OwnedCache):
         config = decoder_config(run.model)
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        heads, kv_heads = heads // run.shard[1], kv_heads // run.shard[1]
         layers: list[Any] = DynamicCache(config=run.model.config).layers
         others = {type(x) for x in layers} - {DynamicLayer, DynamicSlidingWindowLayer}
         if others:

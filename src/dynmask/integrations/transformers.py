@@ -36,6 +36,7 @@ from .checks import (
 )
 from .masking import mask_of
 from .rotary import learn_rotaries
+from .shard import check_heads, policy_of, shard_of
 from .tally import NOT_LOOKED_AT, Tally, kept_mass, sampled_rows
 
 _numbers = itertools.count()
@@ -63,6 +64,9 @@ def sparsify(
     of keys is a constant. With gradient checkpointing, call ``backward`` before the run is
     removed: it computes the forward pass again.
 
+    A model that was loaded with ``tp_plan="auto"`` is sparsified on every rank: a policy's numbers
+    of single heads, a card's, are cut to the heads of the rank, and so are the measurements.
+
     Args:
         model: a decoder-only transformers model; for one with a vision tower, its text decoder
             is sparsified.
@@ -84,7 +88,13 @@ def sparsify(
 
 
 class Run(Adapter):
-    """A policy at work in a model. Made by :func:`sparsify`."""
+    """A policy at work in a model. Made by :func:`sparsify`.
+
+    Attributes:
+        model: the model.
+        policy: what decides; under tensor parallelism for the heads of this rank.
+        shard: rank and number of the ranks that share every layer's heads; (0, 1) for one.
+    """
 
     def __init__(
         self, model: PreTrainedModel, policy: Any, *, impl: str, measure: bool, measure_rows: int
@@ -94,9 +104,11 @@ class Run(Adapter):
         config = decoder_config(model)
         check_policy(model, policy, config)
         self.model = model
-        self.policy = policy
+        self.shard = shard_of(model)
+        self.policy = policy_of(policy, self.shard)
         self._layers: int = config.num_hidden_layers
         super().__init__(impl)
+        self._first_layer = min(int(m.layer_idx) for m in attention_modules(model))  # type: ignore[arg-type]
         self._rows = measure_rows
         self._measured = measure or measure_rows > 0
         self._tally = Tally()
@@ -205,6 +217,9 @@ class Run(Adapter):
                 "every model a config of its own (copy.deepcopy(config)), and copy models before"
             )
         return self.policy
+
+    def _check_heads(self, heads: int) -> None:
+        check_heads(heads, self.model, self.shard)
 
     def _note(self, site: Site, phase: str, query: Tensor, mask: Mask, bias: Tensor | None) -> None:
         sinks = site.s_aux is not None

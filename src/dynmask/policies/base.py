@@ -85,6 +85,24 @@ def evicts(policy: Any) -> bool:
     return isinstance(policy, Evicting)
 
 
+@runtime_checkable
+class Sharded(Protocol):
+    """A policy with numbers of single heads, which tensor parallelism cuts by rank.
+
+    A policy without this method is taken to treat all heads alike.
+    """
+
+    def of_shard(self, rank: int, ranks: int) -> Policy:
+        """The policy of the ``rank``-th of ``ranks`` equal runs of heads, as if they were all."""
+        ...
+
+
+def own_heads(table: Any, rank: int, ranks: int) -> Any:
+    """The ``rank``-th of ``ranks`` equal runs of a table's heads, its first dimension."""
+    size = len(table) // ranks
+    return table[rank * size : (rank + 1) * size]
+
+
 class AnyModel:
     """For policies that fit every model."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..masks import StructuralMask
 from ..masks.structural import count_bands
-from .base import Layer
+from .base import Layer, own_heads
 
 if TYPE_CHECKING:
     from ..card import MaskCard
@@ -27,10 +27,13 @@ class Dam:
         card: from ``dynmask.calibrate``.
         share_group: one pattern for each kv head, the union over its query heads, so that keys
             which the group never reads again can be dropped.
+        shard: rank and number of ranks that share the heads of every layer (tensor parallelism);
+            see :meth:`of_shard`.
     """
 
     card: MaskCard
     share_group: bool = False
+    shard: tuple[int, int] = (0, 1)
 
     name: ClassVar[str] = "dam"
     causal: ClassVar[bool] = True
@@ -41,9 +44,13 @@ class Dam:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(layers, heads, kv heads) of the model that the card is for."""
-        model = self.card.header["model"]
-        return model["layers"], model["heads"], model["kv_heads"]
+        """(layers, heads, kv heads) of the model that the card is for, or of the shard's part."""
+        model, ranks = self.card.header["model"], self.shard[1]
+        return model["layers"], model["heads"] // ranks, model["kv_heads"] // ranks
+
+    def of_shard(self, rank: int, ranks: int) -> Dam:
+        """The policy of the heads that a rank holds under tensor parallelism."""
+        return Dam(self.card, self.share_group, (rank, ranks))
 
     def check(self, layers: int, heads: int, kv_heads: int) -> None:
         """Raise ValueError unless the card is for a model of this shape."""
@@ -74,6 +81,7 @@ class Dam:
         cache: dict = self._layers  # type: ignore[attr-defined]
         if (index, device) not in cache:
             patterns = self.card.patterns(index)
+            patterns = [own_heads(x, *self.shard) for x in patterns]
             diagonals, verticals, true_mask = (x.to(device) for x in patterns)
             bands = count_bands(patterns[0])
             cache[index, device] = diagonals[None], verticals[None], true_mask, bands

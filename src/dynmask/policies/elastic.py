@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..masks import LifetimeMask
-from .base import Layer, check_field
+from .base import Layer, check_field, own_heads
 
 PerHead = float | tuple[tuple[float, ...], ...]
 """One number for all heads, or for each layer one for each head (query heads or kv heads)."""
@@ -68,6 +68,16 @@ class Elastic:
                 )
         for index in range(layers):
             self._plan(index)
+
+    def of_shard(self, rank: int, ranks: int) -> Elastic:
+        """The policy of the heads that a rank holds under tensor parallelism."""
+
+        def own(table: PerHead) -> PerHead:
+            if not isinstance(table, tuple):
+                return table
+            return tuple(own_heads(row, rank, ranks) for row in table)
+
+        return replace(self, alpha=own(self.alpha), beta=own(self.beta))
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> LifetimeMask:
         """A key dies at the first row whose span begins after it."""

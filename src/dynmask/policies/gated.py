@@ -15,7 +15,7 @@ from ..errors import bad
 from ..kernels import ops
 from ..kernels.worth import key_worth
 from ..masks import LifetimeMask, Mask, MixedMask
-from .base import Layer, check_field
+from .base import Layer, check_field, own_heads
 from .blocks import BlockChoice
 from .gates import Gates
 from .guard import GUARD_ROWS, guarded, widened
@@ -253,6 +253,16 @@ class Gated:
         anew = self.chooses if self.decode == "select" else self.chooses_blocks
         free &= ~torch.tensor(anew(layer, heads))
         return free.view(kv_heads, -1).all(-1).tolist()
+
+    def of_shard(self, rank: int, ranks: int) -> Gated:
+        """The policy of the query heads that a rank holds under tensor parallelism."""
+        encoders = [e for e in self.encoders or () if e is not None]
+        tables = [self.gates.window[0]] if self.gates is not None else []
+        tables += [self.promise[0]] if self.promise is not None else []
+        tables += [encoder.gain for encoder in encoders]
+        if not tables:
+            return self
+        return self.of_heads(own_heads(range(len(tables[0])), rank, ranks))
 
     def of_heads(self, heads: Sequence[int], keys: int | None = None) -> Gated:
         """The policy of some query heads of every layer, as if they were all.

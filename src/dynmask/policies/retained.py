@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import bad
 from ..masks import LifetimeMask
 from ..masks.base import check_whole
 from ..nn import PairScore, Retention, ValueScore
-from .base import Layer
+from .base import Layer, own_heads
 
 if TYPE_CHECKING:
     from ..card import MaskCard
@@ -93,6 +94,28 @@ class Retained:
                 "kv heads, received some for {} layers, {} heads, {} kv heads; calibrate this "
                 "model with dynmask calibrate --policy retained".format(*own)
             )
+
+    def of_shard(self, rank: int, ranks: int) -> Retained:
+        """The policy of the heads that a rank holds under tensor parallelism."""
+        modules: list[nn.Module | None] = []
+        for module in self.modules:
+            if not isinstance(module, PairScore | None):
+                raise bad(
+                    "retained",
+                    "scores that each kv head has from its own keys and values (PairScore), for "
+                    "tensor parallelism",
+                    type(module).__name__,
+                    "Calibrate with head='pair', or load the model without tp_plan.",
+                )
+            heads = 0 if module is None else len(module.w_in)
+            own = own_heads(range(heads), rank, ranks)
+            modules.append(None if module is None else module.of_heads(own))
+        width, shape = self.width, self.shape
+        if not isinstance(width, int):
+            width = tuple(own_heads(row, rank, ranks) for row in width)
+        if shape is not None:
+            shape = shape[0], shape[1] // ranks, shape[2] // ranks
+        return replace(self, modules=tuple(modules), width=width, shape=shape)
 
     def retention(self, layer: int) -> Retention:
         """How many keys of which kind a layer keeps."""

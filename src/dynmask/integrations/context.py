@@ -1,0 +1,146 @@
+"""Context parallelism in transformers models: each process computes some positions of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..distributed import Split, agree, gather, of_rows, own_rank
+from ..errors import bad
+from .cache import OwnedCache
+from .placement import Placement
+
+if TYPE_CHECKING:
+    from .transformers import Run
+
+
+@contextmanager
+def context_parallel(
+    run: Run, split: Split, group: dist.ProcessGroup | None = None
+) -> Iterator[None]:
+    """Let every process of ``group`` compute its own positions of one sequence.
+
+    The model is whole on every rank; a rank passes its own tokens and their positions::
+
+        split = Split.over(group, input_ids.shape[1], balanced=True)
+        rank = torch.distributed.get_rank(group)
+        with dynmask.sparsify(model, policy) as run, context_parallel(run, split, group):
+            logits = model(
+                input_ids=split.take(input_ids, rank, 1),
+                position_ids=split.positions(rank)[None],
+                use_cache=False,
+            ).logits  # of the rank's positions
+        logits = gather(logits, split, group, dim=1)  # of all, where they are wanted
+
+    Queries, keys and values are gathered in each layer, the policy is asked about the whole
+    sequence on every rank, and the rank's rows are lowered and computed. So the choice is that of
+    one process, forward and backward. Measurements of the run are those of the whole sequence,
+    the same on all ranks.
+
+    For the forward over a prompt, without padding or packing, and without a cache to continue
+    from: batch rows are sequences of equal length. Every rank has at least one position.
+
+    Args:
+        run: what ``sparsify`` returned.
+        split: who holds what.
+        group: the processes; the default group when None.
+
+    Raises:
+        ValueError: no process group, a split for other ranks, or one that leaves a rank without
+            positions; in the model's forward, tokens that are not the rank's positions, padding, a
+            cache.
+    """
+    rank = own_rank(split, group)
+    empty = [r for r in range(split.ranks) if not split.size(r)]
+    if empty:
+        raise bad(
+            "split", "positions for every rank", f"none for rank {empty[0]}",
+            "Use fewer ranks for so short a sequence.",
+        )  # fmt: skip
+    if run.removed or run._context is not None:
+        raise bad(
+            "run", "one in effect, not in a context yet",
+            "one that was removed" if run.removed else "one inside of context_parallel",
+        )  # fmt: skip
+    run._context = Context(split, rank, group)
+    try:
+        yield
+    finally:
+        run._context = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """Which positions this process holds, and with whom it shares the rest."""
+
+    split: Split
+    rank: int
+    group: dist.ProcessGroup | None
+
+    def all(self, x: Tensor) -> Tensor:
+        """All positions of [b, heads, positions, d]."""
+        return gather(x, self.split, self.group)
+
+    def unrotate(self, back: Callable[[Tensor], Tensor] | None, key: Tensor) -> Any:
+        """From gathered keys to those before rotation: each rank turns its own back."""
+        return None if back is None else lambda _: self.all(back(key))
+
+    def rows(self, query: Tensor, mask: Any, attend: Callable[..., Tensor]) -> Tensor:
+        """Attention of this rank's rows [b, h, n, d]."""
+        return torch.cat(of_rows(query, mask, self.split.ranges(self.rank), attend), 2)
+
+    def place(
+        self, where: Placement, query: Tensor, key: Tensor, cache: Any, first: bool
+    ) -> Placement:
+        """Where the whole sequence lies; ValueError where this rank's positions are not its part.
+
+        On the ``first`` layer all ranks hear of it, so that none waits for one that has refused.
+        """
+        problem = self._problem(where, query, key, cache)
+        if first:
+            batch, heads, _, dim = query.shape
+            facts: dict[str, tuple[int, ...]] = {"batch, heads, head dim": (batch, heads, dim)}
+            facts["split"] = (self.split.length, int(self.split.balanced))
+            facts["gradient"] = (int(key.requires_grad),)
+            agree(self.group, facts, problem, query.device)
+        elif problem is not None:
+            raise problem
+        length = self.split.length
+        return Placement.dense(len(query), length, length, where.window)
+
+    def _problem(
+        self, where: Placement, query: Tensor, key: Tensor, cache: Any
+    ) -> ValueError | None:
+        """What is wrong with the tokens of this rank."""
+        size = self.split.size(self.rank)
+        if query.shape[2] != size or key.shape[2] != size or isinstance(cache, OwnedCache):
+            return bad(
+                "context_parallel", f"the {size} positions of rank {self.rank}, and no cache",
+                f"{query.shape[2]} queries and {key.shape[2]} keys",
+                "Pass split.take(input_ids, rank, 1), split.positions(rank)[None] as position_ids "
+                "and use_cache=False.",
+            )  # fmt: skip
+        # where positions jump, transformers may see two sequences
+        jumps = [last - first for first, last in self.split.ranges(self.rank)][:-1]
+        for row in range(len(query)):
+            spans = sorted((s for s in where.spans if s.batch == row), key=lambda s: s.key_start)
+            ends, at = [0], 0
+            for s in spans:
+                whole = s.key_start == s.query_start == at and s.key_stop == s.query_stop
+                at = s.key_stop if whole else -1
+                ends.append(at)
+            if ends[-1] != size or set(ends[1:-1]) - set(jumps):
+                return bad(
+                    "context_parallel", "one sequence in each batch row, without padding",
+                    "padded or packed tokens", "Take sequences of other lengths one by one.",
+                )  # fmt: skip
+        return None
+
+
+__all__ = ["Context", "context_parallel"]
