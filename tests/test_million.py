@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 from dynmask import cli
 from dynmask.evals.generation import attend, greedy
 from dynmask.evals.text import haystack_lines
-from dynmask.integrations import masking, placement, prefill
+from dynmask.integrations import masking, placement, prefill, tokens
 from dynmask.integrations.prefill import cache_for, chunk_note, default_chunk, read_chunks
 from dynmask.integrations.tokens import stream_ids
 from dynmask.policies import Causal, Gated, Streaming, VerticalSlash
@@ -117,7 +117,7 @@ def texts():
     return {
         "prose": "\n".join(haystack_lines()[:400]),
         "mixed": "".join(rng.choice(some) for _ in range(5000)),
-        "one long word": "ab" * 4000 + " " * 3000 + "end",
+        "one long word": "\n".join(haystack_lines()[:90]) + "ab" * 4000 + " " * 3000 + "end",
         "short": "hi",
         "empty": "",
     }
@@ -148,6 +148,15 @@ def test_windows_give_the_tokens_of_the_text(texts, window):
             assert len(heard) > 3
     bare = stream_ids(reference, ["hi"], special=False)
     assert bare[0].tolist() == reference("hi", add_special_tokens=False)["input_ids"]
+
+
+def test_windows_are_not_joined_within_a_word():
+    text = "ab" * 1000
+    tokenizer = stand_in_tokenizer()
+    left, right = tokens._encode(tokenizer, [(0, text[:1200]), (800, text[800:])])
+    assert tokens._border(left, right, words=True) is None
+    i, j = tokens._border(left, right, words=False) or (0, 0)
+    assert left.token(i) == right.token(j) and 800 < left.spans[i][0] < 1200
 
 
 def test_windows_without_words_agree_on_tokens(texts):
@@ -246,7 +255,7 @@ def test_the_recipe_measures_one_case_at_a_time(tmp_path, capsys):
     assert million.cases()[0].name == "gated-1048576"
     rows = [json.loads(x) for x in (tmp_path / "million.jsonl").read_text().splitlines()]
     assert [(r["variant"], r["keys"]) for r in rows] == [("gated", 512), ("dma", 256)]
-    assert all(r["cache_bytes"] > 0 and r["commit"] and r["device"] for r in rows)
+    assert all(r["cache_bytes"] > 0 and r["versions"] and r["device"] for r in rows)
     with pytest.raises(SystemExit):
         million.main(["--only", "nothing"])
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import bad
 
-WINDOW = 2**18
+WINDOW = 2**16
 """Characters of a window: large beside the overlap, small beside memory."""
 
 OVERLAP = 2**11
