@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = [
     "read_prompt",
     "resolve_policy",
     "say",
+    "text_parts",
 ]
 
 OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -108,22 +110,40 @@ def read_prompt(arguments: argparse.Namespace) -> str:
     return prompt
 
 
+PART = 2**18
+"""Characters of a text that are handed on at once."""
+
+
 def read_text(path: Path) -> str:
     """Return a file as text.
 
     Raises:
         ValueError: if it is missing or not UTF-8.
     """
+    return "".join(text_parts(path))
+
+
+def text_parts(source: str | Path) -> Iterator[str]:
+    """Return a text, or that of a file, a part at a time; a file is not held as a whole.
+
+    Raises:
+        ValueError: if a file is missing or not UTF-8.
+    """
+    if isinstance(source, str):
+        yield from (source[first : first + PART] for first in range(0, len(source), PART))
+        return
     try:
-        return path.read_text(encoding="utf-8")
+        with source.open(encoding="utf-8") as file:
+            while part := file.read(PART):
+                yield part
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(
-            f"{path}: expected a readable text file, received {reason}; check the path"
+            f"{source}: expected a readable text file, received {reason}; check the path"
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}: expected UTF-8 text, received other bytes; convert the file first"
+            f"{source}: expected UTF-8 text, received other bytes; convert the file first"
         ) from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
@@ -56,6 +55,7 @@ def greedy(
     stop: Collection[int] = (),
     keep_logits: bool = False,
     cache: Any = None,
+    chunk: int = 0,
 ) -> Generation:
     """Generate up to ``new_tokens`` tokens after the prompt ``ids`` [1, length].
 
@@ -66,6 +66,8 @@ def greedy(
         stop: ids that end the generation and are not part of the result.
         keep_logits: keep the logits of every step.
         cache: an empty cache to use in place of the model's own.
+        chunk: tokens of the prompt that are read at once; 0 reads it whole. A policy that is not
+            causal chooses anew for each chunk.
 
     Raises:
         ValueError: if the prompt is empty or no token is asked for.
@@ -75,10 +77,17 @@ def greedy(
             f"greedy: expected ids of shape [1, length >= 1] and new_tokens >= 1, received "
             f"{tuple(ids.shape)} and {new_tokens}; pass one prompt and ask for a token"
         )
-    last_only = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+    from transformers import DynamicCache
+
+    from dynmask.integrations.prefill import cache_bytes, keeps_logits, read_chunks
+
+    last_only = {"logits_to_keep": 1} if keeps_logits(model) else {}
     began = _now(ids.device)
+    if chunk and cache is None:
+        cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
     given = {} if cache is None else {"past_key_values": cache}
-    output = model(input_ids=ids, use_cache=True, **given, **last_only)
+    read = read_chunks(model, ids, cache, chunk) if chunk else 0
+    output = model(input_ids=ids[:, read:], use_cache=True, **given, **last_only)
     token = output.logits[:, -1].argmax(dim=-1)
     prefilled = _now(ids.device)
     tokens: list[int] = []
@@ -101,7 +110,7 @@ def greedy(
         torch.stack(logits) if keep_logits else None,
         prefilled - began,
         _now(ids.device) - prefilled,
-        _cache_bytes(output.past_key_values),
+        cache_bytes(output.past_key_values),
     )
 
 
@@ -147,16 +156,6 @@ def needed_cache(run: Any) -> Any:
     """Return the cache without which a run's policy cannot decode; None where it needs none."""
     decode = getattr(getattr(run, "policy", None), "decode", None)
     return bounded_cache(run) if decode == "keep" else None
-
-
-def _cache_bytes(cache: Any) -> int | None:
-    """Return the bytes of a cache's keys and values, all that it holds for a bounded one."""
-    if hasattr(cache, "nbytes"):
-        return cache.nbytes
-    layers = getattr(cache, "layers", ())
-    kept = [getattr(x, name, None) for x in layers for name in ("keys", "values")]
-    known = bool(kept) and all(isinstance(x, Tensor) for x in kept)
-    return sum(x.nbytes for x in kept) if known else None  # type: ignore[union-attr]
 
 
 def text_config(model: Any) -> Any:
@@ -236,10 +235,6 @@ def divergence(reference: Generation, answer: Generation) -> tuple[float | None,
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
     agreement = (p.argmax(dim=-1) == q.argmax(dim=-1)).float().mean()
     return max(float(kl), 0.0), float(agreement)
-
-
-def _keeps_logits(model: torch.nn.Module) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def _now(device: torch.device) -> float:

@@ -1,0 +1,159 @@
+"""Read a long prompt a chunk at a time: what a chunk means for a policy, and the loop itself.
+
+A chunk's activations are all that exists of a prompt beside the weights and the cache, so they,
+and not the prompt, set the memory that is left to explain. No mask of queries x keys is made: the
+adapter asks for positions (:mod:`.placement`), O(keys).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import bad
+from ..policies import Gated
+from ..policies.base import evicts
+
+BOUNDED_CHUNK = 8_192
+"""Tokens read at once by default where the cache holds only keys that are still read."""
+
+CHUNK = 65_536
+"""The same for other policies: each chunk looks at all keys before it, so fewer are faster."""
+
+
+def default_chunk(policy: Any, tokens: int) -> int:
+    """Tokens to read at once of a prompt of so many; 0 to read it whole.
+
+    The model's own attention (None) is left alone: in chunks it would make masks of
+    queries x keys.
+    """
+    if policy is None:
+        return 0
+    chunk = BOUNDED_CHUNK if evicts(policy) else CHUNK
+    return chunk if tokens > chunk else 0
+
+
+def exact_in_chunks(policy: Any) -> bool:
+    """Whether a prompt in chunks is read as the whole prompt would be."""
+    return policy is None or bool(policy.causal)
+
+
+def chunk_note(policy: Any, tokens: int, chunk: int) -> str:
+    """One line: what reading ``tokens`` in chunks means under a policy.
+
+    Args:
+        policy: of the run; None for the model's own attention, which is computed as ``Causal``.
+        tokens: of the prompt.
+        chunk: tokens read at once.
+    """
+    name = "full" if policy is None else policy.name
+    number = -(-tokens // chunk)
+    what = f"{number} chunks of up to {chunk:,} tokens: "
+    if exact_in_chunks(policy):
+        return what + f"{name} is exact, each query reads what it would in the whole prompt"
+    kept = ""
+    if isinstance(policy, Gated) and policy.decode == "keep":
+        kept = "; keys are dropped after the last"
+    return what + (
+        f"{name} chooses anew for each chunk, by that chunk's own queries, which is another choice "
+        f"than one for the whole prompt (--chunk 0){kept}"
+    )
+
+
+def cache_for(run: Any, tokens: int) -> Any:
+    """The cache that holds least under a run; transformers' own where all keys are read again.
+
+    Args:
+        run: what ``sparsify`` returned.
+        tokens: of the prompt that will come in chunks.
+    """
+    from transformers import DynamicCache
+
+    from .cache import BoundedCache
+    from .gated_cache import GatedCache
+
+    try:
+        if evicts(run.policy):
+            return BoundedCache(run)
+        if isinstance(run.policy, Gated):
+            return GatedCache(run, prompt=tokens)
+    except ValueError:  # a hybrid model keeps its own cache, and gates may need every key
+        if getattr(run.policy, "decode", None) == "keep":
+            raise
+    return DynamicCache(config=run.model.config)
+
+
+@torch.inference_mode()
+def read_chunks(
+    model: nn.Module,
+    ids: Tensor,
+    cache: Any,
+    chunk: int,
+    heard: Callable[[int], object] | None = None,
+) -> int:
+    """Read a prompt into a cache, all but its last chunk, which its caller reads.
+
+    The last chunk is the one whose logits are wanted, and the one that ``generate`` reads when it
+    is given all ids and this cache. Chunks are equally long but for a few tokens: a last one of a
+    single token would have one query to choose with.
+
+    Args:
+        model: a Hugging Face causal language model, sparsified or converted.
+        ids: token ids [b, n] without padding, on any device.
+        cache: an empty cache of the model.
+        chunk: most tokens read at once.
+        heard: called after each chunk, when the device has done with it, with its tokens.
+
+    Returns:
+        Tokens that were read, less than n.
+
+    Raises:
+        ValueError: no ids, or no tokens to read at once.
+    """
+    if ids.dim() != 2 or ids.shape[1] < 1 or chunk < 1:
+        raise bad("read_chunks", "ids [b, n >= 1] and chunk >= 1", f"{tuple(ids.shape)}, {chunk}")
+    last_only = {"logits_to_keep": 1} if keeps_logits(model) else {}
+    device = next(model.parameters()).device
+    tokens = ids.shape[1]
+    size = -(-tokens // -(-tokens // chunk))
+    read = (tokens - 1) // size * size
+    for part in ids[:, :read].split(size, 1) if read else ():
+        model(input_ids=part.to(device), past_key_values=cache, use_cache=True, **last_only)
+        if device.type == "cuda":
+            # chunks queued ahead would hold their activations, and tell of work not yet done
+            torch.cuda.synchronize(device)
+        if heard is not None:
+            heard(part.shape[1])
+    return read
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether a model can compute the logits of its last token alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def cache_bytes(cache: Any) -> int | None:
+    """Bytes of a cache's keys and values, all that it holds for one of ours; None if not known."""
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
+    layers = getattr(cache, "layers", ())
+    kept = [getattr(x, name, None) for x in layers for name in ("keys", "values")]
+    known = bool(kept) and all(isinstance(x, Tensor) for x in kept)
+    return sum(x.nbytes for x in kept) if known else None  # type: ignore[union-attr]
+
+
+__all__ = [
+    "BOUNDED_CHUNK",
+    "CHUNK",
+    "cache_bytes",
+    "cache_for",
+    "chunk_note",
+    "default_chunk",
+    "exact_in_chunks",
+    "keeps_logits",
+    "read_chunks",
+]
