@@ -155,7 +155,7 @@ def model_rows(
                     found[name].append(row)
         for name, some in found.items():
             row = {"case": f"{shape.name} {keys:,}", "variant": name, "keys": keys}
-            row |= {f"{k}": v for k, v in some[-1].items() if k != "first_s"}
+            row |= {key: value for key, value in some[-1].items() if key != "first_s"}
             rows.append({**row, **summary([one["first_s"] for one in some])})
             show(rows[-1])
     return rows

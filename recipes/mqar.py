@@ -355,7 +355,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for axis in axes.flat[len(cases) :]:
         axis.set_visible(False)
     axes.flat[0].legend(fontsize=7)
-    device = next((row["device"]["name"] for row in rows if "device" in row), "")
+    device = ", ".join(sorted({row["device"]["name"] for row in rows if "device" in row}))
     figure.suptitle(f"MQAR, two layers, mean and range over seeds, {device}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

@@ -60,7 +60,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.set_title(f"from {start}, {effort}", fontsize=9)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    device = next((row["device"]["name"] for row in rows if "device" in row), "")
+    device = ", ".join(sorted({row["device"]["name"] for row in rows if "device" in row}))
     figure.suptitle(f"A fact in real text: right answers, 95 % intervals, {device}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

@@ -39,12 +39,12 @@ class Rows:
 
     @property
     def keys(self) -> Tensor:
-        """The keys."""
+        """[b, g, slots, d], or [b, slots, d] where the slots of all heads lie in one row."""
         return self._tensors["keys"]
 
     @property
     def values(self) -> Tensor:
-        """The values."""
+        """Likewise, of the values' dimensions."""
         return self._tensors["values"]
 
     @property
@@ -123,16 +123,6 @@ class Slots(Rows):
     def slots(self) -> int:
         """Slots per row and head; the keys in them are never more than the head's width."""
         return self.positions.shape[-1] if self._tensors else 0
-
-    @property
-    def keys(self) -> Tensor:
-        """[b, g, slots, d]."""
-        return self._tensors["keys"]
-
-    @property
-    def values(self) -> Tensor:
-        """[b, g, slots, dv]."""
-        return self._tensors["values"]
 
     @property
     def positions(self) -> Tensor:

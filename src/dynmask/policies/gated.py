@@ -23,8 +23,9 @@ from .guard import GUARD_ROWS, guarded, widened
 KEPT_POOL = 15
 """Neighbours that are kept together, at least: seven on either side, an answer of some tokens."""
 
-
 MOST_POOL = 1023
+"""Neighbours of a pool at most: each pair of them is a pass over all worths."""
+
 FADE = 1e-4
 """Share of a worth that is lost with each step to a neighbour, so that no two are equal."""
 
@@ -240,11 +241,9 @@ class Gated:
 
     def chooses_blocks(self, layer: int, heads: int) -> list[bool]:
         """Which query heads of a layer choose blocks."""
-        return (
-            [self.blocks > 0] * heads
-            if self.gates is None
-            else ((self.gates.blocks[layer] > 0).tolist())
-        )
+        if self.gates is None:
+            return [self.blocks > 0] * heads
+        return (self.gates.blocks[layer] > 0).tolist()
 
     def frees(self, layer: int, heads: int, kv_heads: int) -> list[bool]:
         """Which kv heads of a layer have keys that none of their query heads reads again."""
