@@ -567,7 +567,7 @@ OFFERED = (Budget(2), Budget(8), Budget(16, 4))
 def linear(prices):
     """A cost that adds up: prices [layer, head] of each budget."""
 
-    def cost(gates):
+    def cost(gates, most=math.inf):
         total = 0.0
         for layer, head in PLACES:
             window = int(gates.window[layer, head])
@@ -595,7 +595,7 @@ def test_few_maps_that_matter_need_few_trials():
     prices[1][2] = [9.0, 9.0, 9.0]
     trials = []
 
-    def cost(gates):
+    def cost(gates, most):
         trials.append(gates)
         return linear(prices)(gates)
 
@@ -648,6 +648,39 @@ def test_the_divergence_of_a_card_is_measured_and_within_what_was_allowed(model,
     gates = Gates(*(card.tensors[name] for name in ("window", "columns", "share")))
     assert judge.cost(gates) == pytest.approx(card.header["kl"], rel=1e-4, abs=1e-7)
     assert judge.cost(Gates.full(2, 4)) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_trial_ends_at_the_first_document_that_refuses(model, sparse):
+    judge = Judge(model, documents(90, 120, 60), SETTINGS, 0)
+    judge.prepare()
+    asked = []
+    predict = judge._predict
+    judge._predict = lambda document, *rest: asked.append(len(document)) or predict(document, *rest)
+    gates = sparse.policy().gates
+    whole = judge.cost(gates)
+    assert sorted(asked) == [60, 90, 120] and whole > 0
+    asked.clear()
+    assert judge.cost(gates, whole / 1e6) == whole and not asked  # what is known is not measured
+    other = gates.replaced(torch.ones(2, 4, dtype=torch.bool), window=3)
+    low = judge.cost(other, 1e-9)
+    assert low > 1e-9 and asked == [60]
+    assert judge.cost(other, low * 0.9) == low and asked == [60]  # enough is known
+    full = judge.cost(other)
+    assert full >= low and sorted(asked[1:]) == [60, 90, 120]
+    fresh = Judge(model, documents(90, 120, 60), SETTINGS, 0)
+    fresh.prepare()
+    assert fresh.cost(other) == pytest.approx(full, rel=1e-6)
+    for most in (low * 0.5, full * 0.99, full * 1.01):
+        new = Judge(model, documents(90, 120, 60), SETTINGS, 0)
+        new.full = fresh.full
+        assert (new.cost(other, most) <= most) == (full <= most)
+
+
+def test_predictions_that_are_not_numbers_are_refused(model):
+    judge = Judge(model, documents(40), SETTINGS, 0)
+    judge.prepare()
+    judge._predict = lambda *_: judge.full[0] * math.nan
+    assert judge.cost(Gates.full(2, 4)) == math.inf
 
 
 def test_more_divergence_buys_sparser_masks(sparse, card):
@@ -732,6 +765,12 @@ def test_documents_and_the_model_are_left_as_they_were(model):
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
+def measured_in(path):
+    """Gates that a journal knows something of."""
+    content = json.loads(path.read_text())
+    return len(content["known"]) + len(content["above"])
+
+
 def test_an_interrupted_calibration_goes_on_with_what_it_measured(
     model, card, tmp_path, monkeypatch
 ):
@@ -739,32 +778,31 @@ def test_an_interrupted_calibration_goes_on_with_what_it_measured(
     measured = Judge.cost
     done = []
 
-    def interrupted(self, gates):
+    def interrupted(self, gates, most):
         if len(done) == 5:
             raise KeyboardInterrupt
         done.append(gates)
-        return measured(self, gates)
+        return measured(self, gates, most)
 
     monkeypatch.setattr(Judge, "cost", interrupted)
     with pytest.raises(KeyboardInterrupt):
         calibrate_gates(model, documents(90, 120), SETTINGS, checkpoint=path, progress=False)
-    assert len(json.loads(path.read_text())["known"]) == 5
+    assert measured_in(path) == 5
     runs = []
 
-    def counted(self, document, rows, policy, predict=Judge._predict):
+    def counted(self, policy, most, divergence=Judge.divergence):
         runs.append(policy)
-        return predict(self, document, rows, policy)
+        return divergence(self, policy, most)
 
     monkeypatch.setattr(Judge, "cost", measured)
-    monkeypatch.setattr(Judge, "_predict", counted)
+    monkeypatch.setattr(Judge, "divergence", counted)
     again = calibrate_gates(model, documents(90, 120), SETTINGS, checkpoint=path, progress=False)
     assert digest_of(again.policy().gates) == digest_of(card.policy().gates)
-    fresh = len(json.loads(path.read_text())["known"]) - 5
-    assert len(runs) == 2 + 2 * fresh  # the full model once, and what was not known
+    assert len(runs) == measured_in(path) - 5 > 0  # what was not known
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"dynmask_budgets": 1, "known": {}, "identity": 1}']
+    "content", ["", "[]", "{}", '{"dynmask_budgets": 2, "known": {}, "identity": 1}']
 )
 def test_a_checkpoint_of_something_else_is_refused_and_kept(model, tmp_path, content):
     path = tmp_path / "other.json"

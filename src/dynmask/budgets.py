@@ -263,7 +263,7 @@ def choose_gates(
     maps: Sequence[tuple[int, int]],
     budgets: Sequence[Budget],
     allowed: float,
-    cost: Callable[[Gates], float],
+    cost: Callable[[Gates, float], float],
     gates: Gates,
 ) -> Gates:
     """Give every map the first budget that it can afford; the others stay as ``gates`` has them.
@@ -273,7 +273,8 @@ def choose_gates(
             side: groups are halved in this order.
         budgets: the cheap first.
         allowed: cost of all maps together; a map's share is equal.
-        cost: of gates as a whole, measured.
+        cost: of gates as a whole, measured; where it is more than the second argument, any number
+            above that does.
         gates: where to start from.
 
     Returns:
@@ -290,7 +291,8 @@ def choose_gates(
         chosen = torch.zeros_like(gates.dense)
         chosen[tuple(torch.tensor(group).T)] = True
         trial = gates.replaced(chosen, **asdict(budget))
-        if cost(trial) <= allowed * (settled + len(group)) / len(maps):
+        share = allowed * (settled + len(group)) / len(maps)
+        if cost(trial, share) <= share:
             gates, settled = trial, settled + len(group)
             return []
         if len(group) == 1:
@@ -323,6 +325,9 @@ class Judge:
         ]
         self.encoders: tuple[BlockEncoder | None, ...] | None = None
         self.known: dict[str, float] = {}
+        self.above: dict[str, float] = {}
+        """Divergences that are known to be larger than these numbers, no more."""
+        self.refusals = [0] * len(self.documents)
         self.trials = 0
         self.full: list[Tensor] = []
 
@@ -344,22 +349,42 @@ class Judge:
             for document, rows in zip(self.documents, self.rows, strict=True)
         ]
 
-    def cost(self, gates: Gates) -> float:
-        """Divergence of gates: the largest of the documents' means over judged tokens, in nats."""
-        name = digest_of(gates)
-        if name not in self.known:
-            self.known[name] = self.divergence(self.policy(gates))
-        self.trials += 1
-        return self.known[name]
+    def cost(self, gates: Gates, most: float = math.inf) -> float:
+        """Divergence of gates: the largest of the documents' means over judged tokens, in nats.
 
-    def divergence(self, policy: Gated) -> float:
-        """Divergence of a policy, measured."""
+        Where it is larger than ``most``, a number above that: the first document that shows it
+        ends the measurement.
+        """
+        name = digest_of(gates)
+        self.trials += 1
+        if name not in self.known and not self.above.get(name, -1.0) > most:
+            found = self.divergence(self.policy(gates), most)
+            (self.known if found <= most else self.above)[name] = found
+        return self.known.get(name, self.above.get(name, math.inf))
+
+    def divergence(self, policy: Gated, most: float = math.inf) -> float:
+        """Divergence of a policy, measured; of one above ``most``, what showed it."""
         worst = 0.0
-        for document, rows, full in zip(self.documents, self.rows, self.full, strict=True):
-            found = self._predict(document, rows, policy)
-            kl = torch.nn.functional.kl_div(found, full, log_target=True, reduction="sum")
-            worst = max(worst, float(kl) / len(rows))
+        for index in self._order():
+            rows = self.rows[index]
+            found = self._predict(self.documents[index], rows, policy)
+            kl = torch.nn.functional.kl_div(
+                found, self.full[index], log_target=True, reduction="sum"
+            )
+            mean = float(kl) / len(rows)
+            worst = max(worst, math.inf if math.isnan(mean) else mean)
+            if worst > most:
+                self.refusals[index] += 1
+                break
         return worst
+
+    def _order(self) -> list[int]:
+        """Documents, those first that refused most gates for their cost."""
+
+        def worth(index: int) -> tuple[float, int]:
+            return -(self.refusals[index] + 1) / len(self.documents[index]), index
+
+        return sorted(range(len(self.documents)), key=worth)
 
     @torch.no_grad()
     def _predict(self, document: Tensor, rows: Tensor, policy: Any) -> Tensor:
@@ -495,7 +520,7 @@ def calibrate_gates(
     judge = Judge(model, documents, settings, seed, judged)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
-        judge.known = _read_journal(path, identity)
+        judge.known, judge.above = _read_journal(path, identity)
     lessons = None
     if settings.encoder:
         lessons = EncoderTraining(model, judge.documents, settings, seed, description)
@@ -512,7 +537,7 @@ def calibrate_gates(
         judge.prepare()
         with _Progress(judge, path, identity, progress) as cost:
             gates, allowed = _search(judge, cost, settings, which, layers, heads)
-            kl = cost(gates)
+            kl = cost(gates, math.inf)
         hard = judge.divergence(replace(judge.policy(gates), soft=False)) if settings.soft else None
         density, mass = measure(judge, judge.policy(gates), range(len(documents)), layers)
     finally:
@@ -565,7 +590,7 @@ def _check_judged(judged: Sequence[Tensor] | None, documents: Sequence[Tensor]) 
 
 def _search(
     judge: Judge,
-    cost: Callable[[Gates], float],
+    cost: Callable[[Gates, float], float],
     settings: GatedSettings,
     which: Sequence[int],
     layers: int,
@@ -618,7 +643,7 @@ class _Progress:
         self.judge, self.path, self.identity = judge, path, identity
         self.bar = tqdm(desc="trials", unit="trial", disable=not shown)
 
-    def __enter__(self) -> Callable[[Gates], float]:
+    def __enter__(self) -> Callable[[Gates, float], float]:
         """Return the cost."""
         if self.path is not None:
             self._write()  # a path that cannot be written fails before the work
@@ -630,27 +655,37 @@ class _Progress:
         if self.path is not None:
             self._write()
 
-    def _cost(self, gates: Gates) -> float:
-        fresh = digest_of(gates) not in self.judge.known
-        found = self.judge.cost(gates)
+    def _cost(self, gates: Gates, most: float) -> float:
+        before = self._measured()
+        found = self.judge.cost(gates, most)
         self.bar.update()
         self.bar.set_postfix_str(f"kl {found:.4f}")
-        if fresh and self.path is not None and len(self.judge.known) % 20 == 0:
+        if self.path is not None and self._measured() > before and self._measured() % 20 == 0:
             self._write()
         return found
 
+    def _measured(self) -> int:
+        """Gates of which something is known."""
+        return len(self.judge.known) + len(self.judge.above)
+
     def _write(self) -> None:
         assert self.path is not None
-        content = {_JOURNAL: 1, "identity": self.identity, "known": self.judge.known}
+        content = {
+            _JOURNAL: 2, "identity": self.identity,
+            "known": self.judge.known, "above": self.judge.above,
+        }  # fmt: skip
         write_atomically(self.path, json.dumps(content).encode())
 
 
-def _read_journal(path: Path, identity: Any) -> dict[str, float]:
+def _read_journal(path: Path, identity: Any) -> tuple[dict[str, float], dict[str, float]]:
     """What an earlier run of the same calibration measured."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        ours = content[_JOURNAL] == 1
-        known = {str(name): float(kl) for name, kl in content["known"].items()}
+        ours = content[_JOURNAL] == 2
+        known, above = (
+            {str(name): float(kl) for name, kl in content[kind].items()}
+            for kind in ("known", "above")
+        )
         same = content["identity"] == identity
     except Exception as error:
         raise bad(
@@ -666,4 +701,4 @@ def _read_journal(path: Path, identity: Any) -> dict[str, float]:
             f"{path}, which is of another run",
             "Delete it, or name another file.",
         )
-    return known
+    return known, above
