@@ -735,6 +735,29 @@ def test_linear_and_bool_masks_tell_the_same_spans(data):
         assert again.window == (window if keys - min(pads) > window else None)
 
 
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_what_is_known_without_padding_is_what_the_mask_says(data):
+    first = data.draw(st.integers(0, 3), "dropped")
+    past = data.draw(st.integers(0, 9), "past")
+    queries = data.draw(st.integers(1, 5), "queries")
+    room = data.draw(st.integers(0, 3), "unused slots")
+    window = data.draw(st.none() | st.integers(2, 6), "window")
+    keys = past + queries + room
+    table = linear_mask(2, queries, keys, first + past, first, None, window, "cpu")
+    known = Placement.from_linear(table, queries, keys)
+    assert known == Placement.from_linear(table.clone(), queries, keys)
+    with pytest.raises(ValueError, match=f"expected at least {keys + 1} "):
+        Placement.from_linear(table, keys + 1 - past, keys)
+
+
+def test_a_mask_without_padding_need_not_be_read():
+    """On a GPU reading it waits for all that was asked for before."""
+    table = linear_mask(2, 9, 9, 0, 0, None, None, "cpu")
+    table.fill_(-1)
+    assert Placement.from_linear(table, 9, 9) == Placement.dense(2, 9, 9, None)
+
+
 def test_trimmed_keys_keep_their_positions():
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]]).bool()
     # tokens 3 to 6 are left; the query is token 6

@@ -23,6 +23,8 @@ ROWS = 4
 HIDDEN, HOLE = -1, -2
 # Value of the window row and of the covered row when there is none.
 NONE = -1
+# Attribute of a linear mask without padding: what was put in it, (own key, first key, window).
+PLAIN = "_dynmask_plain"
 
 PAD_LEFT = (
     "pad on the left (tokenizer.padding_side = 'left') with one unbroken run of tokens per row"
@@ -77,7 +79,7 @@ class Placement:
 
     @classmethod
     def from_linear(cls, mask: Tensor, queries: int, keys: int) -> Placement:
-        """Read a mask of :func:`linear_mask`; one transfer from the device.
+        """Read a mask of :func:`linear_mask`; one transfer from the device where rows are padded.
 
         Raises:
             ValueError: a mask made for other sizes, holes in a row's tokens, or an attention
@@ -88,14 +90,15 @@ class Placement:
                 f"attention_mask: expected {keys} keys, received {mask.shape[-1]}; the cache "
                 "hands over other keys than it announced, use transformers' own cache classes"
             )
+        plain = getattr(mask, PLAIN, None)
+        if plain is not None:  # known on the host: reading the mask would wait for the device
+            own, first_key, known_window = plain
+            stop = _check_room(own, queries, keys)
+            spans = tuple(Span(row, 0, stop, 0, queries) for row in range(len(mask)))
+            return cls(spans, (first_key,) * len(mask), known_window)
         table = torch.cat([mask[:, 0, POSITION, :keys], mask[:, 0, OWN_KEY:, 0]], -1).cpu()
         own, window, covered = table[0, keys:].tolist()
-        stop = own + queries
-        if stop > keys or own < 0:
-            raise ValueError(
-                f"keys: expected at least {stop} (those before the queries, and theirs), "
-                f"received {keys}; give the static cache room for the whole generation"
-            )
+        stop = _check_room(own, queries, keys)
         if covered != NONE and covered < stop:
             raise ValueError(
                 "attention_mask: expected one entry for each token seen so far, received "
@@ -113,13 +116,13 @@ class Placement:
         seen = position >= 0
         starts = (seen & ((before < 0) | (position != before + 1))).nonzero().tolist()
         stops = (seen & (after != position + 1)).nonzero()[:, 1].tolist()
-        spans, first_keys = [], []
+        found, first_keys = [], []
         for (row, start), last in zip(starts, stops, strict=True):
             if last < own:  # only padding is asked about
                 continue
-            spans.append(Span(row, start, last + 1, max(start - own, 0), last + 1 - own))
+            found.append(Span(row, start, last + 1, max(start - own, 0), last + 1 - own))
             first_keys.append(int(position[row, start]))
-        return cls(tuple(spans), tuple(first_keys), None if window == NONE else window)
+        return cls(tuple(found), tuple(first_keys), None if window == NONE else window)
 
     @classmethod
     def from_bool(
@@ -229,12 +232,26 @@ def linear_mask(
     out[:, 0, OWN_KEY] = query_offset - key_offset
     out[:, 0, WINDOW] = NONE if window is None else window
     out[:, 0, COVERED] = covered
+    known = joined is None and attention_mask is None and isinstance(query_offset, int)
+    if known and not torch.compiler.is_compiling():
+        setattr(out, PLAIN, (query_offset - key_offset, key_offset, window))
     return out
 
 
 def is_linear(mask: Tensor) -> bool:
     """Whether a 4-D mask is one of :func:`linear_mask`."""
     return mask.dtype == torch.int32 and tuple(mask.shape[1:3]) == (1, ROWS)
+
+
+def _check_room(own: int, queries: int, keys: int) -> int:
+    """The keys that the queries of a linear mask reach; ValueError where there are fewer."""
+    stop = own + queries
+    if stop > keys or own < 0:
+        raise ValueError(
+            f"keys: expected at least {stop} (those before the queries, and theirs), "
+            f"received {keys}; give the static cache room for the whole generation"
+        )
+    return stop
 
 
 def _extent(span: Span) -> tuple[int, int, int, int]:
