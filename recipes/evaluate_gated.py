@@ -3,14 +3,18 @@
     python recipes/evaluate_gated.py --longeval FOLDER                      # the reference model
     python recipes/evaluate_gated.py --model models/dynmask-reference-64k \\
         --tasks "lines 65536" "needle 65536" "ruler 32768"
+    python recipes/evaluate_gated.py --policies vertical_slash gated:columns=1024 retained:CARD
+    python recipes/evaluate_gated.py --plot "longeval 800" --out-plot docs/generator.png
     python recipes/evaluate_gated.py --goals                 # what was asked for, from the rows
 
 Policies are full attention, the zero-shot gates (``Gated()`` as it comes) and the card that
 ``recipes/gated_card.py`` left beside the model, or those of ``--cards``, the first of which the
-goals are about. With ``--jobs`` tasks are evaluated side by side; one at a time they may be stopped
-by Ctrl-C, and what was answered is kept. A row of ``benchmarks/results/generator_tasks.jsonl`` is
-one of a model, task and policy; a later run replaces it. FOLDER holds the official files
-``200_lines.jsonl`` to ``800_lines.jsonl``, which are not part of this repository.
+goals are about; with ``--keep`` these again with a cache that drops keys. With ``--policies`` it is
+full attention and what is named, in the words of ``dynmask evaluate``. With ``--jobs`` tasks are
+evaluated side by side; one at a time they may be stopped by Ctrl-C, and what was answered is kept.
+A row of ``benchmarks/results/generator_tasks.jsonl`` is one of a model, task and policy; a later
+run replaces it. FOLDER holds the official files ``200_lines.jsonl`` to ``800_lines.jsonl``, which
+are not part of this repository.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import argparse
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -59,24 +63,39 @@ def task_of(name: str, folder: str | None) -> tuple[Any, int]:
     return kinds[kind](), int(size)
 
 
+def gated_policies(options: argparse.Namespace) -> dict[str, Any]:
+    """The gates without calibration, and those of the cards."""
+    import dynmask
+    from dynmask.policies import Gated
+
+    policies: dict[str, Any] = {ZERO_SHOT: Gated()}
+    for index, path in enumerate(options.cards):
+        label = CARD if index == 0 else f"gated ({path.name})"
+        policies[label] = dynmask.MaskCard.from_pretrained(path).policy()
+    if options.keep:
+        for label, policy in list(policies.items()):
+            policies[f"{label[:-1]}, keep)"] = replace(policy, decode="keep")
+    return policies
+
+
 def run(name: str, options: argparse.Namespace) -> list[Row]:
     """One task under every policy."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import dynmask
     from dynmask.evals.engine import Interrupted, evaluate
-    from dynmask.policies import Gated
+    from dynmask.policies import parse
 
     torch.set_num_threads(options.threads)
     task, length = task_of(name, options.longeval)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     model = model.to(options.device).eval()
-    policies: dict[str, Any] = {"full": None, ZERO_SHOT: Gated()}
-    for index, path in enumerate(options.cards):
-        label = CARD if index == 0 else f"gated ({path.name})"
-        policies[label] = dynmask.MaskCard.from_pretrained(path).policy()
+    policies: dict[str, Any] = {"full": None}
+    if options.policies:
+        policies |= {spec: parse(spec) for spec in options.policies}
+    else:
+        policies |= gated_policies(options)
     few = options.ruler_n if name.startswith("ruler") else options.n
     try:
         report = evaluate(
@@ -164,6 +183,21 @@ def show(rows: list[Row]) -> None:
               f"{row['density']:.2%}", flush=True)  # fmt: skip
 
 
+def draw(rows: list[Row], model: str, task: str, path: Path) -> None:
+    """Draw right answers and divergence of a task's policies against what they read."""
+    from dynmask.evals.plots import pareto_of
+
+    some = [row for row in rows if (row["model"], row["task"]) == (model, task)]
+    if not some:
+        raise SystemExit(f"--plot: expected a task with rows of {model}, received {task!r}")
+    devices = ", ".join(sorted({row["device"]["name"] for row in some}))
+    counts = ", ".join(str(n) for n in sorted({row["n"] for row in some}))
+    pareto_of(
+        some, path, title=f"{task}: quality against density",
+        caption=f"{model}, n {counts}, {devices}; recipes/evaluate_gated.py",
+    )  # fmt: skip
+
+
 def main() -> None:
     """Evaluate, or write the goals of what there is."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -171,6 +205,8 @@ def main() -> None:
     parser.add_argument(
         "--cards", type=Path, nargs="*", help="default: MODEL-gated, if it is there"
     )
+    parser.add_argument("--keep", action="store_true", help="also with decode=keep")
+    parser.add_argument("--policies", nargs="+", metavar="SPEC", help="these, and no gated ones")
     parser.add_argument("--tasks", nargs="+", default=list(LONGEVAL), metavar="TASK")
     parser.add_argument("--longeval", help="folder of the official files")
     parser.add_argument("--n", type=int, default=50, help="items of a task")
@@ -184,10 +220,17 @@ def main() -> None:
     parser.add_argument(
         "--goals", action="store_true", help="write the goals of the rows, and stop"
     )
+    parser.add_argument("--plot", metavar="TASK", help="draw the rows of a task, and stop")
+    parser.add_argument(
+        "--out-plot", type=Path, default=ROOT / "docs" / "generator.png", help="where to"
+    )
     options = parser.parse_args()
 
     from benchmarks.headline import rows_of, write_rows
 
+    if options.plot:
+        draw(rows_of(options.out), options.model.name, options.plot, options.out_plot)
+        return
     if options.goals:
         show(rows_of(options.out))
         record_goals(rows_of(options.out))

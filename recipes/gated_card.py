@@ -2,12 +2,15 @@
 
     python recipes/gated_card.py                                # two minutes on a GPU
     python recipes/gated_card.py --max-kl 0.005 0.02 0.08       # a card for each: a Pareto curve
+    python recipes/gated_card.py --harder                       # of the harder reference
     python recipes/gated_card.py --smoke
 
 Documents are written as for the model's training (``reference_data.py``): facts in text, and
 records, with training's words and wordings, which the tasks that the card is tested on do not
 share. Each ends where an answer begins; judged are that token and a few spread over the text. The
-card goes to ``models/dynmask-reference-gated``; ``recipes/evaluate_reference.py`` asks it.
+card goes to ``models/dynmask-reference-gated``; ``recipes/evaluate_gated.py`` asks it. With
+``--harder`` it is that of ``models/dynmask-reference-64k``: longer documents, its own families
+among them (``harder_data.py``), and every token of the last answer judged.
 Interrupt at any time: what was measured is kept beside the card and read by the next run.
 """
 
@@ -17,6 +20,7 @@ import argparse
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,51 +28,86 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "recipes"), str(ROOT), str(ROOT / "src")]
 
 import torch  # noqa: E402
+from harder_data import FAMILIES, HarderAuthor  # noqa: E402
+from harder_wording import Phrases  # noqa: E402
 from reference_data import ANSWER, BOS, NOTHING, Author, build_corpus  # noqa: E402
 from torch import Tensor  # noqa: E402
+from train_reference import load_corpus  # noqa: E402
 
 MODEL = ROOT / "models" / "dynmask-reference"
 SPREAD = 7  # judged tokens of the text beside the answer's
+
+Write = Callable[[random.Random, int], None]
+
+
+def writers(author: Author) -> list[Write]:
+    """Return what writes documents of each kind: facts, records, and the author's families."""
+    found: list[Write] = [author.facts, author.asked_at_end]
+    if isinstance(author, HarderAuthor):
+        for family, _ in author.mix:
+            found.append(lambda rng, goal, f=family: f(author, Phrases(rng, author.words), goal))
+    return found
 
 
 def documents(
     author: Author, lengths: list[int], count: int, seed: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return documents of each length, facts and records in turn, and their judged positions."""
+    """Return documents of each length, their kinds in turn, and their judged positions.
+
+    A document ends where its last answer begins; of the harder author's, before the last token of
+    that answer, whose tokens are all judged.
+    """
     found: list[Tensor] = []
     judged: list[Tensor] = []
+    kinds = writers(author)
     for length in lengths:
         for index in range(count):
             rng = random.Random(f"gated/{seed}/{length}/{index}")
             author.ids, author.spans = [], []
             author.add([BOS], NOTHING)
-            (author.facts if index % 2 == 0 else author.asked_at_end)(rng, length)
+            kinds[index % len(kinds)](rng, length)
             author.cut(length)
-            end = begins_of_answers(author.spans)[-1]
+            begin, stop = answers(author.spans)[-1]
+            end = stop - 1 if isinstance(author, HarderAuthor) else begin
             found.append(torch.tensor(author.ids[:end]))
-            spread = sorted(rng.sample(range(end - 1), SPREAD))
-            judged.append(torch.tensor([*spread, end - 1]))
+            spread = sorted(rng.sample(range(begin - 1), SPREAD))
+            judged.append(torch.tensor([*spread, *range(begin - 1, end)]))
     return found, judged
 
 
-def begins_of_answers(spans: list[tuple[int, int]]) -> list[int]:
-    """Return where answers begin."""
+def answers(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return from where to where answers go."""
     at, found = 0, []
     for length, kind in spans:
-        if kind == ANSWER:
-            found.append(at)
+        if kind >= ANSWER:
+            found.append((at, at + length))
         at += length
     return found
+
+
+def author_of(options: argparse.Namespace, tokenizer: Any) -> Author:
+    """Return who writes the documents: text that was prepared, or that of this machine."""
+    if options.text is not None:
+        corpus = load_corpus(options.text)
+    else:
+        corpus = build_corpus(
+            options.characters, options.characters // 6, len(tokenizer), tokenizer.backend_tokenizer
+        )
+    if options.harder:
+        return HarderAuthor(corpus, [(name, 0.1) for name in FAMILIES], 0.25)
+    return Author(corpus)
 
 
 def main() -> None:
     """Calibrate, and say what each map got."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--out", type=Path, default=ROOT / "models" / "dynmask-reference-gated")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--out", type=Path, help="default: beside the model, its name and -gated")
+    parser.add_argument("--harder", action="store_true", help="the harder reference, see above")
+    parser.add_argument("--text", type=Path, help="prepared by train_harder.py --prepare")
     parser.add_argument("--max-kl", type=float, nargs="+", default=[0.02])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4_096, 16_384])
-    parser.add_argument("--documents", type=int, default=4, help="of each length")
+    parser.add_argument("--lengths", type=int, nargs="+", help="default: 4096 16384; 8192 32768")
+    parser.add_argument("--documents", type=int, help="of each length (default: 4; 7)")
     parser.add_argument("--no-blocks", action="store_true", help="offer columns alone")
     parser.add_argument("--pool", type=int, default=1)
     parser.add_argument("--least", type=float, default=1e-3)
@@ -82,17 +121,21 @@ def main() -> None:
 
     from dynmask.budgets import BUDGETS, COLUMN_BUDGETS, GatedSettings, calibrate_gates
 
+    options.model = options.model or (MODEL.with_name(f"{MODEL.name}-64k") if options.harder
+                                      else MODEL)  # fmt: skip
+    options.out = options.out or options.model.with_name(f"{options.model.name}-gated")
+    options.lengths = options.lengths or ([8_192, 32_768] if options.harder else [4_096, 16_384])
+    options.documents = options.documents or (7 if options.harder else 4)
     if options.smoke:
-        options.lengths, options.documents, options.characters = [384], 2, 400_000
+        options.lengths, options.characters = [512], 400_000
+        options.documents = min(options.documents, 7 if options.harder else 2)
     model: Any = AutoModelForCausalLM.from_pretrained(
         options.model, dtype=getattr(torch, options.dtype)
     )
     model = model.to(options.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    corpus = build_corpus(
-        options.characters, options.characters // 6, len(tokenizer), tokenizer.backend_tokenizer
-    )
-    texts, judged = documents(Author(corpus), options.lengths, options.documents, options.seed)
+    author = author_of(options, tokenizer)
+    texts, judged = documents(author, options.lengths, options.documents, options.seed)
     budgets = COLUMN_BUDGETS if options.no_blocks else BUDGETS
     for allowed in options.max_kl:
         settings = GatedSettings(
