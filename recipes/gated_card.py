@@ -108,7 +108,8 @@ def main() -> None:
     parser.add_argument("--max-kl", type=float, nargs="+", default=[0.02])
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 4096 16384; 8192 32768")
     parser.add_argument("--documents", type=int, help="of each length (default: 4; 7)")
-    parser.add_argument("--no-blocks", action="store_true", help="offer columns alone")
+    parser.add_argument("--blocks", action="store_true", help="offer blocks too")
+    parser.add_argument("--encoder", action="store_true", help="train what scores the blocks")
     parser.add_argument("--pool", type=int, default=1)
     parser.add_argument("--least", type=float, default=1e-3)
     parser.add_argument("--characters", type=int, default=12_000_000, help="of text")
@@ -119,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dynmask.budgets import BUDGETS, COLUMN_BUDGETS, GatedSettings, calibrate_gates
+    from dynmask.budgets import BUDGETS, WITH_BLOCKS, GatedSettings, calibrate_gates
 
     options.model = options.model or (MODEL.with_name(f"{MODEL.name}-64k") if options.harder
                                       else MODEL)  # fmt: skip
@@ -136,10 +137,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     author = author_of(options, tokenizer)
     texts, judged = documents(author, options.lengths, options.documents, options.seed)
-    budgets = COLUMN_BUDGETS if options.no_blocks else BUDGETS
+    budgets = WITH_BLOCKS if options.blocks or options.encoder else BUDGETS
     for allowed in options.max_kl:
         settings = GatedSettings(
-            max_kl=allowed, least=options.least, pool=options.pool,
+            max_kl=allowed, least=options.least, pool=options.pool, encoder=options.encoder,
             budgets=budgets[-2:] if options.smoke else budgets,
         )  # fmt: skip
         out = options.out

@@ -7,7 +7,9 @@
 Every model is the same decoder with another mixer, at about 10M, 30M and 80M parameters, trained
 on the same tokens of the project's text (code, documentation and docstrings of permissively
 licensed software) at 4,096 tokens a sequence, w 512, and tested on text that was held out. The
-learning rate is chosen per mixer at the smallest size from one grid, and falls with the width.
+learning rate is chosen per mixer at the smallest size from one grid, and falls with the width. DMA
+stands there three times: a quarter of w for the newest keys, three quarters, and a bias that grows
+with the score instead of a bounded one.
 A cell that was stopped goes on from its checkpoint; one that has a row is not run again.
 """
 
@@ -34,7 +36,15 @@ from train_reference import load_corpus, save_corpus
 TOKENIZER = ROOT / "models" / "dynmask-reference" / "tokenizer.json"
 RATES = (1e-3, 2e-3)
 SEEDS = (0, 1)
-MIXERS = ("full", "dma", "window", "nsa", "mla")
+MIXERS: dict[str, dict[str, Any]] = {
+    "full": {"mixer": "full"},
+    "dma": {"mixer": "dma"},
+    "dma wide window": {"mixer": "dma", "window": 384},
+    "dma linear": {"mixer": "dma", "form": "linear", "start": 0.0},
+    "window": {"mixer": "window"},
+    "mla": {"mixer": "mla"},
+    "nsa": {"mixer": "nsa"},
+}  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 32,
               "intermediate": 96},
@@ -54,7 +64,7 @@ class Cell:
     seed: int
     rate: float
     tokens: int = 32_000_000
-    step_tokens: int = 65_536
+    step_tokens: int = 16_384
     length: int = 4_096
     width: int = 512
     folder: str = ""
@@ -62,10 +72,12 @@ class Cell:
     def shape(self) -> Shape:
         """Return the decoder of this cell."""
         sizes = SIZES[self.size]
-        return Shape(
-            self.mixer, 4_096, **sizes, width=self.width, window=min(128, self.width // 4),
-            latent=64 * sizes["kv_heads"], rope_theta=5e5,
-        )  # fmt: skip
+        settings = {
+            "window": 128, "latent": 64 * sizes["kv_heads"], "rope_theta": 5e5,
+            **sizes, **MIXERS[self.mixer],
+        }  # fmt: skip
+        settings["window"] = settings["window"] * self.width // 512
+        return Shape(vocabulary=4_096, width=self.width, **settings)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -236,7 +248,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["10M", "30M", "80M"], choices=SIZES)
     parser.add_argument("--mixers", nargs="+", default=list(MIXERS), choices=MIXERS)
     parser.add_argument("--tokens", type=int, default=32_000_000, help="of training, in all")
-    parser.add_argument("--step-tokens", type=int, default=65_536)
+    parser.add_argument("--step-tokens", type=int, default=16_384)
     parser.add_argument("--length", type=int, default=4_096)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--characters", type=int, default=80_000_000, help="of text")

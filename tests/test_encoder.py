@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import dynmask
 from dynmask import Budget, GatedSettings, MaskCard
-from dynmask.budgets import COLUMN_BUDGETS, calibrate_gates
+from dynmask.budgets import BUDGETS, calibrate_gates
 from dynmask.card import describe_model
 from dynmask.encoder import (
     BlockEncoder,
@@ -639,7 +639,7 @@ def test_a_training_that_was_interrupted_goes_on_as_if_it_was_not(model, tmp_pat
     [
         ({"rank": 40}, (90, 90), "encoders of at most 1% of the model's .* received rank 40"),
         ({}, (90, 31), "two of 32 tokens at least"),
-        ({"budgets": COLUMN_BUDGETS}, (90, 90), "a budget with blocks"),
+        ({"budgets": BUDGETS}, (90, 90), "a budget with blocks"),
         ({"rank": 0}, (90, 90), "rank: expected a whole number"),
         ({"steps": 2.0}, (90, 90), "steps: expected a whole number"),
         ({"teacher": "gain"}, (90, 90), "'mass' or 'effect'"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import dynmask
 from dynmask import BlockMask, Budget, GatedSettings, LifetimeMask, MaskCard
-from dynmask.budgets import Judge, calibrate_gates, choose_gates, digest_of
+from dynmask.budgets import WITH_BLOCKS, Judge, calibrate_gates, choose_gates, digest_of
 from dynmask.encoder import block_estimate
 from dynmask.masks import MixedMask
 from dynmask.masks.base import repeat_heads
@@ -389,8 +389,8 @@ def test_soft_masks_of_blocks_or_kept_columns_are_refused():
         Gated(decode="keep", soft=True)
     with pytest.raises(ValueError, match="strength finite and >= 0"):
         Gated(strength=-1)
-    with pytest.raises(ValueError, match="budgets without blocks.*COLUMN_BUDGETS"):
-        GatedSettings(soft=True)
+    with pytest.raises(ValueError, match="budgets without blocks.*budgets.BUDGETS"):
+        GatedSettings(soft=True, budgets=WITH_BLOCKS)
 
 
 # -------------------------------------------------------------------------------------- the guard
@@ -948,8 +948,8 @@ def test_the_command_makes_soft_masks_of_columns(folder, tmp_path, capsys):
         (("--strength", "2"), "--strength: expected with --soft"),
         (("--steps", "2"), "--steps: expected with --encoder"),
         (("--rank", "2"), "--rank: expected with --encoder"),
-        (("--soft", "--encoder"), "settings.encoder: expected a budget with blocks"),
-        (("--no-blocks", "--encoder"), "settings.encoder: expected a budget with blocks"),
+        (("--soft", "--encoder"), "settings.soft: expected budgets without blocks"),
+        (("--soft", "--blocks"), "settings.soft: expected budgets without blocks"),
         (("--guard", "2"), "guard in"),
         (("--width", "600"), "--width: expected with another --policy"),
     ],

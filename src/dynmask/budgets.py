@@ -48,12 +48,14 @@ class Budget:
     blocks: int = 0
 
 
-COLUMN_BUDGETS = (
-    Budget(32), Budget(128), Budget(64, 32), Budget(128, 128), Budget(256, 256), Budget(512, 256),
-    Budget(512, 512, 0.02), Budget(1024, 512, 0.03), Budget(1024, 1024, 0.06),
-    Budget(2048, 1024, 0.06),
+BUDGETS = (
+    Budget(32, 512), Budget(64, 512), Budget(128, 512), Budget(256, 512), Budget(512, 512),
+    Budget(512, 1024, 0.02), Budget(1024, 1024, 0.03), Budget(1024, 1024, 0.06),
+    Budget(2048, 2048, 0.06), Budget(2048, 2048, 0.12), Budget(4096, 4096, 0.25),
 )  # fmt: skip
-"""What maps may read that choose columns, the cheap first."""
+"""What maps may read, the cheap first; beyond the last a map is dense. None goes without columns:
+what an input has no worthy keys for costs nothing, and a map that no document of the calibration
+needed may be the one that the next input asks (``docs/findings.md``)."""
 
 BLOCK_BUDGETS = (
     Budget(128, blocks=8), Budget(128, blocks=16), Budget(256, blocks=32),
@@ -67,9 +69,8 @@ def reads(budget: Budget, keys: int = 65_536, block: int = 64) -> float:
     return budget.window + budget.columns + budget.blocks * block + budget.share * keys
 
 
-BUDGETS = tuple(sorted(COLUMN_BUDGETS + BLOCK_BUDGETS, key=reads))
-"""Offered in this order: what a map may read of a long input, the cheap first. Beyond the last a
-map is dense."""
+WITH_BLOCKS = tuple(sorted(BUDGETS + BLOCK_BUDGETS, key=reads))
+"""Both, in the order of what a map may read of a long input."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class GatedSettings:
         if self.soft and any(budget.blocks for budget in self.budgets):
             raise bad(
                 "settings.soft", "budgets without blocks, which have no bias", "some with",
-                "Pass budgets=dynmask.budgets.COLUMN_BUDGETS, or leave soft out.",
+                "Pass budgets=dynmask.budgets.BUDGETS, or leave soft out.",
             )  # fmt: skip
 
     def _check_encoder(self) -> None:
@@ -182,7 +183,7 @@ class GatedSettings:
         if self.encoder and not any(budget.blocks for budget in self.budgets):
             raise bad(
                 "settings.encoder", "a budget with blocks, which an encoder scores", "none",
-                "Add dynmask.budgets.BLOCK_BUDGETS to budgets.",
+                "Pass budgets=dynmask.budgets.WITH_BLOCKS.",
             )  # fmt: skip
 
     def policy(

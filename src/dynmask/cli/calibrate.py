@@ -50,7 +50,7 @@ OPTIONS = {
     ),
     "gated": (
         "max_kl", "density", "judged", "lengths", "sinks", "checkpoint", "guard", "encoder",
-        "rank", "teacher", "steps", "soft", "strength", "no_blocks",
+        "rank", "teacher", "steps", "soft", "strength", "blocks",
     ),
 }  # fmt: skip
 """Which options say something about which policy."""
@@ -168,9 +168,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "here, before it is widened for that prompt; 1 never widens (0.25)",
     )
     gated.add_argument(
-        "--no-blocks",
+        "--blocks",
         action="store_true",
-        help="let no map choose blocks: then decode=keep can drop keys whatever is chosen",
+        help="also offer blocks that each query block chooses: sparser on long inputs, and lost "
+        "records where columns did not (docs/findings.md); --encoder implies it",
     )
     gated.add_argument(
         "--encoder",
@@ -281,7 +282,7 @@ def _retained(arguments: argparse.Namespace, folder: Path) -> int:
 
 def _gated(arguments: argparse.Namespace, folder: Path) -> int:
     """Choose the budget of every map and save the card."""
-    from dynmask.budgets import BUDGETS, COLUMN_BUDGETS, GatedSettings
+    from dynmask.budgets import BUDGETS, WITH_BLOCKS, GatedSettings
     from dynmask.calibrate import calibrate
 
     _refuse_idle(arguments, "encoder", {"steps": None, "teacher": "mass", "rank": 16})
@@ -293,7 +294,7 @@ def _gated(arguments: argparse.Namespace, folder: Path) -> int:
     settings = GatedSettings(
         **{name: getattr(arguments, name) for name in names},
         steps=arguments.steps or GatedSettings.steps,
-        budgets=COLUMN_BUDGETS if arguments.soft or arguments.no_blocks else BUDGETS,
+        budgets=WITH_BLOCKS if arguments.blocks or arguments.encoder else BUDGETS,
     )
     wanted = sorted(set(arguments.lengths))
     model, pieces, _ = _pieces(arguments, wanted, arguments.documents or 2)

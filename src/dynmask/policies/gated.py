@@ -172,7 +172,7 @@ class Gated:
             raise bad(
                 "gated: soft", "maps that choose columns", "maps that choose blocks",
                 "Only columns have a bias: leave soft out, or calibrate with "
-                "budgets=dynmask.budgets.COLUMN_BUDGETS.",
+                "budgets=dynmask.budgets.BUDGETS.",
             )  # fmt: skip
         if self.soft and self.decode == "keep":
             raise bad(
