@@ -7,16 +7,18 @@
 
 Documents are written as for the model's training (``reference_data.py``): facts in text, and
 records, with training's words and wordings, which the tasks that the card is tested on do not
-share. Each ends where an answer begins; judged are that token and a few spread over the text. The
-card goes to ``models/dynmask-reference-gated``; ``recipes/evaluate_gated.py`` asks it. With
-``--harder`` it is that of ``models/dynmask-reference-64k``: longer documents, its own families
-among them (``harder_data.py``), and every token of the last answer judged.
+share. Each ends with an answer; judged are its tokens, and a few among the last before it, for
+which the same columns are chosen. The card goes to ``models/dynmask-reference-gated``;
+``recipes/evaluate_gated.py`` asks it. With ``--harder`` it is that of
+``models/dynmask-reference-64k``: longer documents, its own families among them
+(``harder_data.py``).
 Interrupt at any time: what was measured is kept beside the card and read by the next run.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 import time
@@ -35,7 +37,8 @@ from torch import Tensor  # noqa: E402
 from train_reference import load_corpus  # noqa: E402
 
 MODEL = ROOT / "models" / "dynmask-reference"
-SPREAD = 7  # judged tokens of the text beside the answer's
+BESIDE = 7  # judged tokens beside the answer's
+LATE = 64  # positions before the answer that they are drawn from
 
 Write = Callable[[random.Random, int], None]
 
@@ -54,24 +57,26 @@ def documents(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return documents of each length, their kinds in turn, and their judged positions.
 
-    A document ends where its last answer begins; of the harder author's, before the last token of
-    that answer, whose tokens are all judged.
+    A document ends before the last token of its last answer.
     """
     found: list[Tensor] = []
     judged: list[Tensor] = []
     kinds = writers(author)
     for length in lengths:
         for index in range(count):
-            rng = random.Random(f"gated/{seed}/{length}/{index}")
-            author.ids, author.spans = [], []
-            author.add([BOS], NOTHING)
-            kinds[index % len(kinds)](rng, length)
-            author.cut(length)
-            begin, stop = answers(author.spans)[-1]
-            end = stop - 1 if isinstance(author, HarderAuthor) else begin
-            found.append(torch.tensor(author.ids[:end]))
-            spread = sorted(rng.sample(range(begin - 1), SPREAD))
-            judged.append(torch.tensor([*spread, *range(begin - 1, end)]))
+            for attempt in itertools.count():  # a text may be full before its first question
+                rng = random.Random(f"gated/{seed}/{length}/{index}/{attempt}")
+                author.ids, author.spans = [], []
+                author.add([BOS], NOTHING)
+                kinds[index % len(kinds)](rng, length)
+                author.cut(length)
+                asked = answers(author.spans)
+                if asked:
+                    break
+            begin, stop = asked[-1]
+            found.append(torch.tensor(author.ids[: stop - 1]))
+            beside = rng.sample(range(max(begin - 1 - LATE, 0), begin - 1), BESIDE)
+            judged.append(torch.tensor([*sorted(beside), *range(begin - 1, stop - 1)]))
     return found, judged
 
 
@@ -107,7 +112,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="prepared by train_harder.py --prepare")
     parser.add_argument("--max-kl", type=float, nargs="+", default=[0.02])
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 4096 16384; 8192 32768")
-    parser.add_argument("--documents", type=int, help="of each length (default: 4; 7)")
+    parser.add_argument("--documents", type=int, help="of each length (default: 6; 7)")
     parser.add_argument("--blocks", action="store_true", help="offer blocks too")
     parser.add_argument("--encoder", action="store_true", help="train what scores the blocks")
     parser.add_argument("--pool", type=int, default=1)
@@ -126,7 +131,7 @@ def main() -> None:
                                       else MODEL)  # fmt: skip
     options.out = options.out or options.model.with_name(f"{options.model.name}-gated")
     options.lengths = options.lengths or ([8_192, 32_768] if options.harder else [4_096, 16_384])
-    options.documents = options.documents or (7 if options.harder else 4)
+    options.documents = options.documents or (7 if options.harder else 6)
     if options.smoke:
         options.lengths, options.characters = [512], 400_000
         options.documents = min(options.documents, 7 if options.harder else 2)
