@@ -19,6 +19,7 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 
+import gated_card
 import harder_data
 import harder_evaluation
 import harder_wording
@@ -448,3 +449,40 @@ def test_training_resumes_where_it_was_interrupted(corpus, tmp_path, monkeypatch
 def test_the_recipe_names_what_is_missing(tmp_path, monkeypatch) -> None:
     with pytest.raises(ValueError, match="--start: expected a folder of a trained model"):
         run_recipe(monkeypatch, "--start", tmp_path, "--device", "cpu")
+
+
+# the documents of the gated cards
+
+
+@pytest.mark.parametrize("harder", [False, True])
+def test_a_card_is_judged_where_answers_are_told(corpus, harder):
+    """Every document ends within its last answer; what is judged predicts that answer's tokens."""
+    mix = [(name, 0.1) for name in FAMILIES]
+    author = HarderAuthor(corpus, mix, 0.25) if harder else gated_card.Author(corpus)
+    kinds = len(gated_card.writers(author))
+    assert kinds == (7 if harder else 2)
+    texts, judged = gated_card.documents(author, [500, 900], kinds, 3)
+    again, _ = gated_card.documents(author, [500, 900], kinds, 3)
+    assert len(texts) == 2 * kinds and all(map(torch.equal, texts, again))
+    for number, (text, rows) in enumerate(zip(texts, judged, strict=True)):
+        assert len(text) < (500 if number < kinds else 900)
+        assert rows.tolist() == sorted(set(rows.tolist())) and rows[-1] == len(text) - 1
+        told = rows[gated_card.BESIDE :]  # one run, up to the end
+        assert told.tolist() == list(range(int(told[0]), len(text)))
+        begin = int(told[0]) + 1
+        assert begin - 1 - gated_card.LATE <= int(rows[0]) and int(rows[6]) < begin - 1
+        before = TOKENIZER.decode(text[:begin].tolist())
+        assert before.rstrip()[-1:] not in ("", "\n")  # an answer is asked for
+
+
+def test_a_text_that_is_full_before_its_first_question_is_written_again(corpus, monkeypatch):
+    author = gated_card.Author(corpus)
+    asked = []
+
+    def first_without(spans, answers=gated_card.answers):
+        asked.append(len(spans))
+        return answers(spans) if len(asked) > 1 else []
+
+    monkeypatch.setattr(gated_card, "answers", first_without)
+    texts, _ = gated_card.documents(author, [500], 1, 3)
+    assert len(asked) == 2 and len(texts) == 1
