@@ -12,6 +12,7 @@ from ..masks import Mask
 
 if TYPE_CHECKING:
     from ..retention import Retention
+    from ..summary import BlockSummary
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,18 @@ class Layer:
         tell: hears what a policy did beyond its settings, a name and a number for each map
             [b, h]: the gated policy's guard tells ``"widened"``, by how much. None if nobody
             listens.
+        pools: from kv heads side by side, a slice of those of this call, to a summary of all
+            their keys that a cache has carried along, or None for heads that have none. None
+            where no cache carries any.
     """
 
     index: int
     first_key: int = 0
     unrotate: Callable[[Tensor], Tensor] | None = field(default=None, compare=False, repr=False)
     tell: Callable[[str, Tensor], None] | None = field(default=None, compare=False, repr=False)
+    pools: Callable[[slice], BlockSummary | None] | None = field(
+        default=None, compare=False, repr=False
+    )
 
 
 @runtime_checkable
