@@ -58,7 +58,7 @@ def block_estimate(
         first_key: position of the first key; a summary knows its own.
         query_pool, key_pool: positions in a pool; they divide ``block``.
         query_blocks: those wanted, counted from the block of the first query, int64 [n] or a range
-            of step 1; all when None. Blocks in a tensor look at all key pools, for where they lie is
+            of step 1; all when None. Blocks in a tensor look at all key pools: where they lie is
             not known without waiting for the device.
 
     Returns:
@@ -515,9 +515,7 @@ def _shares(
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _estimate(
-    pools: Tensor, summary: BlockSummary, scale: float, block: int, stop: int
-) -> Tensor:
+def _estimate(pools: Tensor, summary: BlockSummary, scale: float, block: int, stop: int) -> Tensor:
     """Log-sum-exp over each of the first ``stop`` key blocks, for query pools [b, h, n, pools, d].
 
     Key blocks are taken some at a time where a single query block has many pools.
@@ -564,9 +562,7 @@ def _together(scores: Tensor, rows: Tensor, future: Tensor) -> Tensor:
     return share.masked_fill(future[:, None], 0).logsumexp(3).masked_fill(future, float("-inf"))
 
 
-def _query_pools(
-    query: Tensor, grid: _Grid, query_blocks: Tensor | range
-) -> tuple[Tensor, Tensor]:
+def _query_pools(query: Tensor, grid: _Grid, query_blocks: Tensor | range) -> tuple[Tensor, Tensor]:
     """Mean of the rows of each pool [b, h, n, pools, d], and how many there are [n, pools].
 
     Of a single block only pools that have rows: a decoded token has one.

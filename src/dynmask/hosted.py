@@ -1,4 +1,4 @@
-"""Keys that stay on the host: kept, but rarely read. What a token reads is copied when it is read."""
+"""Keys that are kept but rarely read lie on the host, and are copied where a token reads them."""
 
 from __future__ import annotations
 
@@ -134,13 +134,12 @@ class HostedStore(Rows):
         Args:
             seen: which keys each query head reads, bool [b, h, longest], on the device.
         """
-        batch, heads, keys = seen.shape
-        groups, size = self.keys.shape[1], self.block
+        (_, heads, keys), groups, size = seen.shape, self.keys.shape[1], self.block
         seen = torch.nn.functional.pad(seen, (0, -keys % size)).unflatten(-1, (-1, size))
         wanted = seen.any(-1).unflatten(1, (groups, -1)).any(2).cpu()
         self.wait()
         most = max(int(wanted.sum(-1).max()), 1)
-        block = wanted.byte().argsort(-1, descending=True, stable=True)[..., :most]
+        block = wanted.byte().argsort(dim=-1, descending=True, stable=True)[..., :most]
         key, value = (self._blocks(x, block) for x in (self.keys, self.values))
         index = block.to(seen.device, non_blocking=True).repeat_interleave(heads // groups, 1)
         own = seen.gather(2, index[..., None].expand(-1, -1, -1, size)).flatten(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class PooledKeys(Rows):
     """
 
     def __init__(self, heads: Sequence[int], sizes: Sequence[int]) -> None:
-        if any(wide % size for size, wide in zip(sizes, sizes[1:], strict=False)):
+        if any(wide % size for size, wide in pairwise(sizes)):
             raise bad("pools", "sizes that divide the next", list(sizes))
         self.heads = list(heads)
         self.sizes = tuple(sizes)
@@ -105,9 +106,7 @@ class PooledKeys(Rows):
         self._tensors[f"mean{number}"][rows, :, own] = made.mean
         self._tensors[f"spread{number}"][rows, :, own] = made.spread
 
-    def _held(
-        self, rows: slice, heads: slice, number: int, start: int, stop: int
-    ) -> BlockSummary:
+    def _held(self, rows: slice, heads: slice, number: int, start: int, stop: int) -> BlockSummary:
         """Pools of one size, of the keys from ``start``, where one begins, to ``stop``."""
         size = self.sizes[number]
         own = slice(start // size, -(-stop // size))

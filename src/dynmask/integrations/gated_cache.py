@@ -14,8 +14,8 @@ from ..errors import bad
 from ..hosted import HostedStore
 from ..masks import LifetimeMask
 from ..masks.base import check_whole
-from ..pooled_keys import PooledKeys
 from ..policies import Gated
+from ..pooled_keys import PooledKeys
 from ..ragged import RaggedStore, WholeStore
 from .cache import NewKeysLayer, OwnedCache, check_rows
 

@@ -112,9 +112,7 @@ class BlockChoice:
                 rows = range(start, min(start + step, blocks))
                 yield own, rows, self._score(q, summary, some, rows)
 
-    def _score(
-        self, query: Tensor, summary: BlockSummary, heads: list[int], rows: range
-    ) -> Tensor:
+    def _score(self, query: Tensor, summary: BlockSummary, heads: list[int], rows: range) -> Tensor:
         """Logarithm of the attention that blocks are expected to get: [b, heads, n, blocks]."""
         if self.encoder is not None:
             return self.encoder.of_heads(heads)(query, summary, query_blocks=rows)
