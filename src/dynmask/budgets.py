@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dynmask.card import SCHEMA, MaskCard, describe_model, write_atomically
 from dynmask.card_kinds import ENCODER_TENSORS, MAX_HIDDEN
+from dynmask.checkpoint import unreadable
 from dynmask.encoder import BlockEncoder
 from dynmask.encoder_training import EncoderTraining, encoder_of
 from dynmask.errors import bad
@@ -495,7 +496,7 @@ def calibrate_gates(
     judge = Judge(model, documents, settings, seed, judged)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
-        judge.known = _read_journal(path, identity)
+        judge.known = _known(path, identity)
     lessons = None
     if settings.encoder:
         lessons = EncoderTraining(model, judge.documents, settings, seed, description)
@@ -645,21 +646,20 @@ class _Progress:
         write_atomically(self.path, json.dumps(content).encode())
 
 
-def _read_journal(path: Path, identity: Any) -> dict[str, float]:
-    """What an earlier run of the same calibration measured."""
+def read_journal(path: Path) -> tuple[Any, dict[str, float]]:
+    """What an earlier calibration measured, and which it was; ValueError for another file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        ours = content[_JOURNAL] == 1
         known = {str(name): float(kl) for name, kl in content["known"].items()}
-        same = content["identity"] == identity
+        return content["identity"] if content[_JOURNAL] == 1 else None, known
     except Exception as error:
-        raise bad(
-            "checkpoint",
-            "a file that a calibration of gates left",
-            f"{path}, which cannot be read ({type(error).__name__})",
-            "Delete it, or name another file.",
-        ) from error
-    if not ours or not same:
+        raise unreadable(path, "a calibration of gates", error) from error
+
+
+def _known(path: Path, identity: Any) -> dict[str, float]:
+    """What an earlier run of the same calibration measured."""
+    its, known = read_journal(path)
+    if its != identity:
         raise bad(
             "checkpoint",
             "one of the same model, documents, settings and seed",

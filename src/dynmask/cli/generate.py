@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     prompt = _prompt(arguments)
     policy = resolve_policy(arguments.policy)
-    model, tokenizer = load(arguments)
+    model, tokenizer = load(arguments, [policy])
     ids = _encode(tokenizer, prompt, arguments)
 
     from dynmask.evals.engine import check_policies
