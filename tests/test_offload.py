@@ -1,6 +1,7 @@
 """GatedCache with maps that choose blocks: pools as state, and keys that lie on the host."""
 
 import copy
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import DynamicCache  # noqa: E402
 
-from dynmask import GatedCache, hosted, sparsify  # noqa: E402
+from dynmask import GatedCache, cli, hosted, sparsify  # noqa: E402
 from dynmask.encoder import BlockEncoder  # noqa: E402
 from dynmask.hosted import HostedStore  # noqa: E402
 from dynmask.masks import LifetimeMask  # noqa: E402
@@ -21,6 +22,7 @@ from dynmask.policies import Gated, gated  # noqa: E402
 from dynmask.policies.gates import Gates  # noqa: E402
 from dynmask.pooled_keys import PooledKeys  # noqa: E402
 from dynmask.summary import BlockSummary  # noqa: E402
+from tests.stand_in import save_stand_in  # noqa: E402
 from tests.test_bounded import CLOSE, generate, prompt  # noqa: E402
 from tests.tiny import TINY, VOCAB, tiny_llama  # noqa: E402
 
@@ -342,3 +344,41 @@ def test_what_offloading_cannot_help_is_refused():
                 model(ids[:2, :1], past_key_values=cache)
     assert hosted._stream(torch.device("cpu")) is None
     assert gated.Gated(columns=0, blocks=2).reads_blocks(0, 4, 2) == [True, True]
+
+
+# on the command line
+
+
+def test_the_command_offloads_and_says_where_bytes_are(tmp_path, capsys):
+    model = str(save_stand_in(tmp_path / "model"))
+    asked = ["generate", "--model", model, "--prompt", "a b c " * 60, "--max-new-tokens", "4"]
+    policy = ["--policy", "gated:columns=0,blocks=2,block=8,query_pool=4,key_pool=4,window=9"]
+    results = []
+    for more in ([], ["--offload"], ["--offload", "--chunk", "64"]):
+        assert cli.main([*asked, *policy, *more, "--json", "--quiet"]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    plain, away, chunks = (x["memory"] for x in results)
+    assert results[0]["text"] == results[1]["text"] == results[2]["text"]
+    assert results[2]["chunk"] == 64
+    assert plain["offloaded_bytes"] == 0 < away["offloaded_bytes"]
+    assert chunks["offloaded_bytes"] > 0.5 * away["offloaded_bytes"]
+    assert away["cache_bytes"] < plain["cache_bytes"]
+    for memory in (plain, away, chunks):
+        parts = ("weight_bytes", "cache_bytes", "rest_bytes", "offloaded_bytes")
+        assert memory["peak_bytes"] == sum(memory[name] for name in parts)
+    assert cli.main([*asked, *policy, "--offload"]) == 0
+    assert "of it in host memory" in capsys.readouterr().err
+
+
+def test_the_command_refuses_offloading_where_it_is_no_use(tmp_path, capsys, monkeypatch):
+    model = str(save_stand_in(tmp_path / "model"))
+    asked = ["generate", "--model", model, "--prompt", "a b c", "--offload", "--policy"]
+    assert cli.main([*asked, "gated:window=4"]) == 2
+    assert "Leave offload out" in capsys.readouterr().err
+    monkeypatch.setattr("dynmask.cli.generate.load", lambda *_: pytest.fail("loaded a model"))
+    for policy in ("full", "streaming"):
+        assert cli.main([*asked, policy]) == 2
+        expected = (
+            f"--offload: expected a gated policy with maps that choose blocks, received {policy}"
+        )
+        assert expected in capsys.readouterr().err

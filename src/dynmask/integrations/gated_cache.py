@@ -381,6 +381,13 @@ class GatedCache(OwnedCache):
 
 def _check_gains(policy: Gated, plans: list[LayerPlan], heads: int, offload: bool) -> None:
     """Raise ValueError for a policy that this cache has nothing to offer."""
+    if offload and not any(len(plan.hosted) for plan in plans):
+        raise bad(
+            "GatedCache: offload",
+            "a kv head whose maps all choose blocks, or have a window beside one that does",
+            "none: dense maps, and columns that are chosen anew, read every key for each token",
+            "Leave offload out.",
+        )
     blocks = any(any(policy.chooses_blocks(plan.index, heads)) for plan in plans)
     freed = any(len(plan.freed) for plan in plans)
     if policy.decode == "select" and not freed and not blocks:
@@ -390,13 +397,6 @@ def _check_gains(policy: Gated, plans: list[LayerPlan], heads: int, offload: boo
             "one whose every kv head has a dense map or one that chooses columns anew for "
             "each token, or a model whose layers have sliding windows",
             "Use decode='keep', or leave the cache to generate().",
-        )
-    if offload and not any(len(plan.hosted) for plan in plans):
-        raise bad(
-            "GatedCache: offload",
-            "a kv head whose maps all choose blocks, or have a window beside one that does",
-            "none: dense maps, and columns that are chosen anew, read every key for each token",
-            "Leave offload out.",
         )
 
 

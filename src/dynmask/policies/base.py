@@ -104,6 +104,27 @@ class Sharded(Protocol):
         ...
 
 
+@runtime_checkable
+class Gridded(Protocol):
+    """A policy that reads, in chunks cut at multiples of ``grid``, what it would in the whole
+    prompt; 0 where no cut does that.
+
+    A policy without it does so at any cut if it is causal, and at none otherwise.
+    """
+
+    @property
+    def grid(self) -> int:
+        """Positions between two cuts that change nothing; they count from the first token."""
+        ...
+
+
+def grid_of(policy: Any) -> int:
+    """Where a prompt can be cut without a change of what is read: multiples of it; 0 nowhere."""
+    if policy is None or policy.causal:
+        return 1
+    return policy.grid if isinstance(policy, Gridded) else 0
+
+
 def own_heads(table: Any, rank: int, ranks: int) -> Any:
     """The ``rank``-th of ``ranks`` equal runs of a table's heads, its first dimension."""
     size = len(table) // ranks

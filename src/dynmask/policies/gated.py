@@ -222,6 +222,15 @@ class Gated:
             layer.tell("widened", factor)
         return made
 
+    @property
+    def grid(self) -> int:
+        """0 where the call decides: columns by its last queries, a share by its keys, the guard."""
+        tables = (self.columns, self.share)
+        if self.gates is not None:
+            tables = (int(self.gates.columns.max()), float(self.gates.share.max()))
+        alone = self.guard is None and self.dense_up_to == 0
+        return self.block if alone and not any(tables) else 0
+
     def choosing(self) -> Gated:
         """The policy of a call whose choice stays, with any cache."""
         if self.decode == "select":
