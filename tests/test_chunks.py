@@ -1,4 +1,4 @@
-"""A prompt in chunks: which policies read what they would in the whole prompt, by where it is cut."""
+"""A prompt in chunks: which policies read what they would in the whole prompt, at what cuts."""
 
 import itertools
 from dataclasses import replace

@@ -167,6 +167,8 @@ class HostedStore(Rows):
     def reorder(self, index: Tensor | Sequence[int]) -> None:
         """Batch row i becomes what row ``index[i]`` was."""
         self.wait()
+        if self._pinned:  # rows move on the host at once: nothing may be on its way from there
+            torch.cuda.current_stream(self._device).synchronize()
         super().reorder(index.cpu() if isinstance(index, Tensor) else index)
         for name, x in self._tensors.items():
             if self._pinned and not x.is_pinned():
