@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynmask import encoder
 from dynmask.encoder import BlockEncoder, block_estimate
 from dynmask.policies import Gated
 from dynmask.policies.base import Layer
@@ -140,13 +141,13 @@ class Largest(torch.overrides.TorchFunctionMode):
 def test_ranges_of_query_blocks_and_of_key_blocks_change_nothing(monkeypatch, queries, trained):
     """Even where the pools of one query block are more numbers than may be held at a time."""
     query, key = tensors(403, queries)
-    encoder = BlockEncoder(4, 2, 6, rank=3, **SIZES)
+    own = BlockEncoder(4, 2, 6, rank=3, **SIZES)
     if trained:
-        torch.nn.init.normal_(encoder.of_key, std=0.3)
+        torch.nn.init.normal_(own.of_key, std=0.3)
 
     def estimate():
         if trained:
-            return encoder(query, key).detach()
+            return own(query, key).detach()
         return block_estimate(query, key, **SIZES)
 
     whole = estimate()
@@ -157,30 +158,36 @@ def test_ranges_of_query_blocks_and_of_key_blocks_change_nothing(monkeypatch, qu
 
 
 def test_no_more_is_held_at_a_time_than_is_said(monkeypatch):
-    query, key = tensors(4096, 2048)
+    query, key = tensors(4096, 32)
     summary = BlockSummary.of(key, SIZES["key_pool"])
-    rows = range(100, 180)
+    one = 4 * 4 * 1024  # of a query block: logits of all heads, query pools and key pools
 
     def held():
         with Largest() as seen:
-            block_estimate(query, summary, 8, query_pool=2, query_blocks=rows)
+            block_estimate(query, summary, 8, query_pool=2)
         return seen.most
 
-    table = 4 * len(rows) * 512  # the result; key pools x query pools would be 4 * 8 times that
-    assert held() > 4 * table
-    monkeypatch.setattr("dynmask.encoder.NUMBERS_AT_A_TIME", 4 * 4 * 1024)
-    assert held() <= max(table, query.numel(), key.numel())
-    monkeypatch.setattr("dynmask.encoder.NUMBERS_AT_A_TIME", 4000)
-    assert held() <= max(table, query.numel(), key.numel())
+    assert held() >= 4 * one
+    assert summary.mean.numel() < one - 4000
+    for few in (2 * one, one, one - 4000):
+        monkeypatch.setattr("dynmask.encoder.NUMBERS_AT_A_TIME", few)
+        assert held() <= few
 
 
-def test_a_range_never_looks_at_what_begins_after_it():
+def test_a_range_never_looks_at_what_begins_after_it(monkeypatch):
     query, key = tensors(400, 400)
     summary = BlockSummary.of(key, 4)
     whole = block_estimate(query, summary, 8, query_pool=2)
-    summary.mean[:, :, 60:] = summary.spread[:, :, 60:] = float("nan")
+    real, looked = encoder._log_sums, []
+
+    def spy(x, summary, own, front, size):
+        looked.append(own.stop)
+        return real(x, summary, own, front, size)
+
+    monkeypatch.setattr(encoder, "_log_sums", spy)
     found = block_estimate(query, summary, 8, query_pool=2, query_blocks=range(7, 30))
     torch.testing.assert_close(found, whole[:, :, 7:30], rtol=2e-6, atol=2e-6)
+    assert looked == [30 * 8 // 4]
     for wrong in (range(5, 5), range(0, 51), range(-1, 3), range(0, 9, 2)):
         with pytest.raises(ValueError, match="query_blocks: expected a range"):
             block_estimate(query, summary, 8, query_pool=2, query_blocks=wrong)
