@@ -73,7 +73,8 @@ class BlockChoice:
             lists = block_lists(chosen, size, size, keys, first + rows.start, cap)
             longest = max(longest, lists.shape[-1])
             index[:, heads[own], rows.start : rows.stop, : lists.shape[-1]] = lists
-        return BlockMask(index[..., :longest], size, size, keys, queries, checked=True)
+        index = index[..., :longest].contiguous()  # as kernels walk through it
+        return BlockMask(index, size, size, keys, queries, checked=True)
 
     def _forced(self, qb: Tensor, offset: int, width: int, window: Tensor, sinks: int) -> Tensor:
         """Blocks that are read anyway, own ones too: bool [b or 1, n, query blocks, key blocks].
