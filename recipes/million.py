@@ -145,7 +145,8 @@ def first(model: Any, run: Any, ids: torch.Tensor, case: Case, shown: bool = Fal
         cache = DynamicCache(config=model.config) if run is None else cache_for(run, tokens)
     with tqdm(total=tokens, desc=case.name, unit="token", disable=not shown) as bar:
         if case.chunk:
-            read = read_chunks(model, ids, cache, case.chunk, bar.update)
+            policy = None if run is None else run.policy
+            read = read_chunks(model, ids, cache, case.chunk, bar.update, policy)
         out = model(input_ids=ids[:, read:], past_key_values=cache, logits_to_keep=1)
         out.logits[:, -1].argmax(-1).tolist()
         wait(ids.device)

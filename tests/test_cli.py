@@ -349,8 +349,8 @@ def test_an_output_folder_that_cannot_be_is_refused_before_the_model_loads(
 ):
     taken = tmp_path / "file"
     taken.write_text("no folder")
-    monkeypatch.setattr("dynmask.cli.calibrate.load", lambda _: pytest.fail("loaded a model"))
-    monkeypatch.setattr("dynmask.cli.evaluate.load", lambda _: pytest.fail("loaded a model"))
+    monkeypatch.setattr("dynmask.cli.calibrate.load", lambda *_: pytest.fail("loaded a model"))
+    monkeypatch.setattr("dynmask.cli.evaluate.load", lambda *_: pytest.fail("loaded a model"))
     out = ("--model", "nowhere", "--out", taken / below)
     assert "expected a folder that can be written" in refused(capsys, "calibrate", *out)
     assert "expected a folder that can be written" in refused(

@@ -17,6 +17,7 @@ from dynmask.masks import MixedMask
 from dynmask.masks.base import repeat_heads
 from dynmask.policies import Gated, parse
 from dynmask.policies.base import Layer
+from dynmask.policies.blocks import block_lists
 from dynmask.policies.gated import spread
 from dynmask.policies.gates import Gates
 from dynmask.policies.kept import kept_mass, sampled_rows
@@ -233,13 +234,13 @@ def test_a_layer_of_blocks_alone_is_a_block_mask_and_one_that_reads_all_is_causa
 @pytest.mark.parametrize("queries", [1, 7, 83, 90])
 def test_no_list_of_blocks_is_longer_than_it_is_said_to_be(window, queries, monkeypatch):
     """On a GPU lists have the length that is announced, and what is beyond is lost."""
-    said, real = [], BlockMask.from_scores
+    said, real = [], block_lists
 
     def spy(*given):
         said.append(given[-1])
         return real(*given)
 
-    monkeypatch.setattr(BlockMask, "from_scores", spy)
+    monkeypatch.setattr("dynmask.policies.blocks.block_lists", spy)
     query, key, value = tensors(90, queries)
     policy = Gated(sinks=9, window=window, columns=0, blocks=3, **BLOCK)
     mask = policy(query, key, value, Layer(0))
@@ -258,7 +259,7 @@ def test_few_scores_at_a_time_choose_the_same_blocks(monkeypatch):
     gates = gates_of([[9, 9, 5, 5]], [[0, 4, 0, 0]], blocks=[[2, 0, 2, 1]])
     policy = Gated(sinks=2, gates=gates, **BLOCK)
     before = policy(query, key, value, Layer(0)).dense()
-    monkeypatch.setattr("dynmask.policies.blocks.WEIGHTS_AT_A_TIME", 40)
+    monkeypatch.setattr("dynmask.policies.blocks.NUMBERS_AT_A_TIME", 40)
     assert torch.equal(policy(query, key, value, Layer(0)).dense(), before)
 
 

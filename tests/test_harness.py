@@ -201,7 +201,7 @@ def test_bad_input_is_refused_before_any_work(package, make, message):
 
 def test_a_missing_package_is_told_with_its_remedy(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr("dynmask.cli.evaluate.load", lambda _: pytest.fail("loaded a model"))
+    monkeypatch.setattr("dynmask.cli.evaluate.load", lambda *_: pytest.fail("loaded a model"))
     assert cli.main(["evaluate", "--model", "m/m", "--task", "lm_eval:arc_easy"]) == 1
     assert "pip install 'dynmask[lm-eval]'" in capsys.readouterr().err
 

@@ -238,7 +238,7 @@ def test_ctrl_c_leaves_what_there_is(call, capsys, monkeypatch, after):
 
 
 def test_a_file_is_refused_before_the_model_loads(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dynmask.cli.generate.load", lambda _: pytest.fail("loaded a model"))
+    monkeypatch.setattr("dynmask.cli.generate.load", lambda *_: pytest.fail("loaded a model"))
     late = tmp_path / "late.txt"
     late.write_bytes(b"a" * 300_000 + b"\xff")
     for path, message in ((late, "UTF-8"), (tmp_path / "none", "none")):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dynmask.card import SCHEMA, MaskCard, describe_model, write_atomically
 from dynmask.card_kinds import ENCODER_TENSORS, MAX_HIDDEN
+from dynmask.checkpoint import unreadable
 from dynmask.encoder import BlockEncoder
 from dynmask.encoder_training import EncoderTraining, encoder_of
 from dynmask.errors import bad
@@ -521,7 +522,7 @@ def calibrate_gates(
     judge = Judge(model, documents, settings, seed, judged)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
-        judge.known, judge.above = _read_journal(path, identity)
+        judge.known, judge.above = _known(path, identity)
     lessons = None
     if settings.encoder:
         lessons = EncoderTraining(model, judge.documents, settings, seed, description)
@@ -678,28 +679,31 @@ class _Progress:
         write_atomically(self.path, json.dumps(content).encode())
 
 
-def _read_journal(path: Path, identity: Any) -> tuple[dict[str, float], dict[str, float]]:
-    """What an earlier run of the same calibration measured."""
+def read_journal(path: Path) -> tuple[Any, list[dict[str, float]]]:
+    """Which calibration an earlier one was, what it measured, and what it knows to be above.
+
+    Raises:
+        ValueError: another file.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        ours = content[_JOURNAL] == 2
-        known, above = (
+        known = [
             {str(name): float(kl) for name, kl in content[kind].items()}
             for kind in ("known", "above")
-        )
-        same = content["identity"] == identity
+        ]
+        return content["identity"] if content[_JOURNAL] == 2 else None, known
     except Exception as error:
-        raise bad(
-            "checkpoint",
-            "a file that a calibration of gates left",
-            f"{path}, which cannot be read ({type(error).__name__})",
-            "Delete it, or name another file.",
-        ) from error
-    if not ours or not same:
+        raise unreadable(path, "a calibration of gates", error) from error
+
+
+def _known(path: Path, identity: Any) -> list[dict[str, float]]:
+    """What an earlier run of the same calibration measured, and what it knows to be above."""
+    its, known = read_journal(path)
+    if its != identity:
         raise bad(
             "checkpoint",
             "one of the same model, documents, settings and seed",
             f"{path}, which is of another run",
             "Delete it, or name another file.",
         )
-    return known, above
+    return known

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,6 +81,33 @@ class DamSettings:
                 self.min_support,
                 "No pattern has more cells than that: lower min_support or raise length.",
             )
+
+
+def check_checkpoint(policy: str, path: str | os.PathLike[str] | None) -> None:
+    """Look, before a model is loaded, whether the files of ``checkpoint`` can be gone on from.
+
+    Whether they are of the same run is known with the model.
+
+    Args:
+        policy: "retained" or "gated".
+        path: the file, there or not; None for none.
+
+    Raises:
+        ValueError: a file of another kind, or a damaged one.
+    """
+    from dynmask import budgets, encoder_training, teaching
+    from dynmask.checkpoint import read_checkpoint
+
+    if path is None:
+        return
+    file = Path(path)
+    beside = file.with_name(f"{file.name}.encoder")
+    if policy == "retained" and file.exists():
+        read_checkpoint(file, teaching.CHECKPOINT, teaching.LEFT)
+    if policy == "gated" and file.exists():
+        budgets.read_journal(file)
+    if policy == "gated" and beside.exists():
+        read_checkpoint(beside, encoder_training.CHECKPOINT, encoder_training.LEFT)
 
 
 def calibrate(

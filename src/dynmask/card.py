@@ -134,8 +134,18 @@ class MaskCard:
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless this card was made from `model` (same shape, same weights)."""
-        received = describe_model(model)
-        for field in ("architecture", *_MODEL_FIELDS, "fingerprint"):
+        self._compare(describe_model(model))
+
+    def check_shape(self, config: Any) -> None:
+        """Raise ValueError unless a model of this `config` can be the card's.
+
+        For before the weights are there; whose weights they are, `check` says.
+        """
+        self._compare(_shape_of(config))
+
+    def _compare(self, received: dict[str, Any]) -> None:
+        """Raise ValueError where what is known of a model differs from the card's."""
+        for field in received:
             require(
                 received[field] == self.header["model"][field],
                 f"the model that it was calibrated on ({field} {self.header['model'][field]})",
@@ -297,7 +307,7 @@ def fingerprint(model: nn.Module) -> str:
     the same checkpoint gives the same fingerprint in float32 and in bfloat16 and on any device.
     Parameters that are split over processes are gathered one at a time: every process calls this.
     """
-    digest = hashlib.sha256(json.dumps(_shape_of(model), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(_shape_of(_config_of(model)), sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):
         if parameter.is_meta:
             raise ValueError(
@@ -310,7 +320,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """The `model` entry of a card's header."""
-    return {"fingerprint": fingerprint(model), **_shape_of(model)}
+    return _shape_of(_config_of(model)) | {"fingerprint": fingerprint(model)}
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -329,13 +339,17 @@ def _sample(parameter: Tensor) -> list[float]:
     return values.cpu().tolist()
 
 
-def _shape_of(model: nn.Module) -> dict[str, Any]:
+def _config_of(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     if config is None:
         raise ValueError(
             f"model: expected a transformers model, received {type(model).__name__} without a "
             "config. Pass what AutoModelForCausalLM.from_pretrained returns."
         )
+    return config
+
+
+def _shape_of(config: Any) -> dict[str, Any]:
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     heads = config.num_attention_heads

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from .errors import bad
 from .masks.base import check_whole
 from .retention import LATE_ROWS, _draw, _wide
-from .summary import NUMBERS_AT_A_TIME, BlockSummary, in_blocks
+from .summary import NUMBERS_AT_A_TIME, BlockSummary, held_of, in_blocks
 
 
 def block_estimate(
@@ -34,7 +35,7 @@ def block_estimate(
     first_key: int = 0,
     query_pool: int = 8,
     key_pool: int = 8,
-    query_blocks: Tensor | None = None,
+    query_blocks: Tensor | range | None = None,
 ) -> Tensor:
     """How much attention each query block pays to each key block, estimated from pools.
 
@@ -45,6 +46,9 @@ def block_estimate(
     reference model: pools of 8 find what whole blocks hide, on both sides; without the variance
     most of that gain is lost, with the best query pool instead of the softmax a third.
 
+    Beside the result about 256 MB are held at a time, at any length: query blocks are taken some at
+    a time, and a range of them looks only at key pools that begin before its end.
+
     Args:
         query: [b, h, q, d], the last q positions of the keys, rotated as attention takes it.
         key: [b, g, k, d], rotated, or a summary of all keys, in blocks of ``key_pool`` or any other
@@ -53,8 +57,9 @@ def block_estimate(
         scale: of the logits, ``d ** -0.5`` when None.
         first_key: position of the first key; a summary knows its own.
         query_pool, key_pool: positions in a pool; they divide ``block``.
-        query_blocks: int64 [n], those wanted, counted from the block of the first query; all when
-            None.
+        query_blocks: those wanted, counted from the block of the first query, int64 [n] or a range
+            of step 1; all when None. Blocks in a tensor look at all key pools: where they lie is
+            not known without waiting for the device.
 
     Returns:
         The logarithm of the estimated attention, its sum 1 in every row: float32 (float64 for
@@ -64,12 +69,11 @@ def block_estimate(
     grid = _Grid.of(query, key, block, first_key, query_pool)
     summary = _summary(key, key_pool, block, first_key)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    pools, rows = _query_pools(query, grid, query_blocks)
-    future, variance = grid.future(query_blocks, query.device), summary.variance
-    parts = []
-    for some, *which in _few(pools, rows, future, summary.mean.shape[2]):
-        parts.append(_together(_estimate(some, summary, variance, factor, block), *which))
-    return torch.cat(parts, 2)
+
+    def score(pools: Tensor, stop: int) -> Tensor:
+        return _estimate(pools, summary, factor, block, stop)
+
+    return _shares(query, grid, query_blocks, block // summary.block, score)
 
 
 class BlockEncoder(nn.Module):
@@ -147,22 +151,21 @@ class BlockEncoder(nn.Module):
         first_key: int = 0,
         *,
         scale: float | None = None,
-        query_blocks: Tensor | None = None,
+        query_blocks: Tensor | range | None = None,
     ) -> Tensor:
         """Scores [b, h, query blocks, key blocks]; arguments as in :func:`block_estimate`."""
         grid = _Grid.of(query, key, self.block, first_key, self.query_pool)
         with torch.autocast(query.device.type, enabled=False):
             summary = _summary(key, self.key_pool, self.block, first_key)
             factor = query.shape[-1] ** -0.5 if scale is None else scale
-            pools, rows = _query_pools(query, grid, query_blocks)
-            future, variance = grid.future(query_blocks, query.device), summary.variance
             keys = self._keys(summary)
-            parts = []
-            for some, *which in _few(pools, rows, future, summary.mean.shape[2]):
-                score = _estimate(some, summary, variance, factor, self.block)
-                score = score * self.gain.to(score.dtype)[:, None, None, None]
-                parts.append(_together(score + self._learned(some, keys), *which))
-            return torch.cat(parts, 2)
+
+            def score(pools: Tensor, stop: int) -> Tensor:
+                found = _estimate(pools, summary, factor, self.block, stop)
+                found = found * self.gain.to(found.dtype)[:, None, None, None]
+                return found + self._learned(pools, keys[:, :, :stop])
+
+            return _shares(query, grid, query_blocks, self.block // summary.block, score)
 
     def _keys(self, summary: BlockSummary) -> Tensor:
         """Key blocks mapped: [b, g, key blocks, rank]."""
@@ -436,11 +439,26 @@ class _Grid:
         k = k + self.first_key // self.block * self.block
         return (k <= position[:, None]) & (k >= self.first_key)
 
-    def future(self, query_blocks: Tensor | None, device: torch.device) -> Tensor:
-        """Which key blocks lie in the future of query blocks: bool [n, key blocks]."""
-        every = torch.arange(self.query_blocks, device=device)
-        own = self.before + (every if query_blocks is None else query_blocks)
-        return torch.arange(self.key_blocks, device=device) > own[:, None]
+    def check(self, query_blocks: range) -> None:
+        """Raise ValueError unless a range is one of query blocks side by side."""
+        known = 0 <= query_blocks.start < query_blocks.stop <= self.query_blocks
+        if not known or query_blocks.step != 1:
+            raise bad(
+                "query_blocks", f"a range of step 1 in [0, {self.query_blocks})", query_blocks,
+                "Pass others as a tensor.",
+            )  # fmt: skip
+
+    def reach(self, query_blocks: Tensor | range) -> int:
+        """Key blocks from the first to the last that one of the query blocks may read."""
+        known = isinstance(query_blocks, range)
+        return self.before + query_blocks.stop if known else self.key_blocks
+
+    def future(self, query_blocks: Tensor | range, stop: int, device: torch.device) -> Tensor:
+        """Which of ``stop`` key blocks lie in the future of query blocks: bool [n, stop]."""
+        if isinstance(query_blocks, range):
+            query_blocks = torch.arange(query_blocks.start, query_blocks.stop, device=device)
+        own = self.before + query_blocks
+        return torch.arange(stop, device=device) > own[:, None]
 
 
 def _row_effects(
@@ -464,19 +482,71 @@ def _row_effects(
     return [x.mT.unflatten(1, (members, rows)) for x in (effect, mass)]
 
 
-def _estimate(
-    pools: Tensor, summary: BlockSummary, variance: Tensor, scale: float, block: int
+def _shares(
+    query: Tensor,
+    grid: _Grid,
+    query_blocks: Tensor | range | None,
+    size: int,
+    score: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
-    """Log-sum-exp over each key block for query pools [b, h, n, pools, d]."""
+    """Logarithm of each query block's mean share: [b, h, n, key blocks].
+
+    Args:
+        query: [b, h, q, d].
+        grid: where queries and keys lie.
+        query_blocks: those wanted, all when None.
+        size: key pools of a key block.
+        score: of query pools [b, h, n, pools, d] and so many of the first key blocks.
+    """
+    wanted = range(grid.query_blocks) if query_blocks is None else query_blocks
+    if isinstance(wanted, range):
+        grid.check(wanted)
+    (batch, heads, _, dim), pools = query.shape, grid.block // grid.pool
+    step = batch * heads * pools * max(grid.key_blocks * size, dim)
+    step = max(1, NUMBERS_AT_A_TIME // step)
+    parts = []
+    for first in range(0, len(wanted), step):
+        some = wanted[first : first + step]
+        stop = grid.reach(some)
+        found, rows = _query_pools(query, grid, some)
+        part = _together(score(found, stop), rows, grid.future(some, stop, query.device))
+        after = 0, grid.key_blocks - stop
+        parts.append(nn.functional.pad(part, after, value=float("-inf")) if after[1] else part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _estimate(pools: Tensor, summary: BlockSummary, scale: float, block: int, stop: int) -> Tensor:
+    """Log-sum-exp over each of the first ``stop`` key blocks, for query pools [b, h, n, pools, d].
+
+    Key blocks are taken some at a time where a single query block has many pools.
+    """
     batch, heads, blocks, count, dim = pools.shape
     x = pools.reshape(batch, summary.mean.shape[1], -1, dim) * scale
     x = x.to(summary.mean.dtype)
-    logits = x @ summary.mean.mT + 0.5 * x.square() @ variance.mT + summary.count.log()
-    logits = logits.view(batch, heads, blocks, count, -1)
     size = block // summary.block
     front = summary.start // summary.block % size
+    step = max(1, NUMBERS_AT_A_TIME // (x.shape[:3].numel() * size))
+    parts = []
+    for first in range(0, stop, step):
+        last = min(first + step, stop)
+        own = slice(max(first * size - front, 0), last * size - front)
+        parts.append(_log_sums(x, summary, own, front if first == 0 else 0, size))
+    found = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return found.view(batch, heads, blocks, count, -1)
+
+
+def _log_sums(x: Tensor, summary: BlockSummary, own: slice, front: int, size: int) -> Tensor:
+    """Log-sum-exp over blocks of ``size`` key pools ``own``, after ``front`` that are missing.
+
+    x [b, g, n, d]; the result is [b, g, n, blocks].
+    """
+    mean, spread, count = summary.mean[:, :, own], summary.spread[:, :, own], summary.count[own]
+    # of many pools and few queries, dividing products costs less than dividing spreads
+    logits = (x.square() @ spread.mT) * (0.5 / count)
+    logits = logits + x @ mean.mT + count.log()
     back = -(front + logits.shape[-1]) % size
-    logits = nn.functional.pad(logits, (front, back), value=float("-inf"))
+    if front or back:
+        logits = nn.functional.pad(logits, (front, back), value=float("-inf"))
     return logits.unflatten(-1, (-1, size)).logsumexp(-1)
 
 
@@ -492,32 +562,32 @@ def _together(scores: Tensor, rows: Tensor, future: Tensor) -> Tensor:
     return share.masked_fill(future[:, None], 0).logsumexp(3).masked_fill(future, float("-inf"))
 
 
-def _query_pools(query: Tensor, grid: _Grid, query_blocks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean of the rows of each pool [b, h, n, pools, d], and how many there are [n, pools]."""
-    if query_blocks is None:
-        position = grid.rows(torch.arange(grid.query_blocks, device=query.device))
-        rows = in_blocks(query, grid.start, grid.block)
+def _query_pools(query: Tensor, grid: _Grid, query_blocks: Tensor | range) -> tuple[Tensor, Tensor]:
+    """Mean of the rows of each pool [b, h, n, pools, d], and how many there are [n, pools].
+
+    Of a single block only pools that have rows: a decoded token has one.
+    """
+    if isinstance(query_blocks, range):
+        size = grid.block if len(query_blocks) > 1 else grid.pool
+        first = (query_blocks.start + grid.start // grid.block) * grid.block
+        start = max(first, grid.start)
+        stop = min(first + len(query_blocks) * grid.block, grid.stop)
+        own = slice(start - grid.start, stop - grid.start)
+        rows = in_blocks(query[:, :, own], start, size)
+        held = held_of(start, stop, size, query.device)
+        if len(query_blocks) == 1:
+            rows, held = rows.flatten(2, 3)[:, :, None], held.flatten()[None]
     else:
         position = grid.rows(query_blocks)
         row = (position - grid.start).clamp(0, query.shape[2] - 1)
         rows = query.index_select(2, row.flatten()).unflatten(2, row.shape)
-    held = (position >= grid.start) & (position < grid.stop)
-    if query_blocks is not None:
+        held = (position >= grid.start) & (position < grid.stop)
         rows = rows.masked_fill(~held[..., None], 0)
-    size = -1, grid.pool
-    count = held.unflatten(1, size).sum(-1)
+    pools = -1, grid.pool
+    count = held.unflatten(1, pools).sum(-1)
     wide = torch.promote_types(query.dtype, torch.float32)
-    pools = rows.unflatten(3, size).sum(4, dtype=wide) / count.clamp(min=1)[..., None]
-    return pools, count
-
-
-def _few(
-    pools: Tensor, rows: Tensor, future: Tensor, width: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Some query blocks at a time, whose pools have ``width`` scores each."""
-    batch, heads, _, count, dim = pools.shape
-    step = max(1, NUMBERS_AT_A_TIME // (batch * heads * count * max(width, dim)))
-    return zip(pools.split(step, 2), rows.split(step), future.split(step), strict=True)
+    mean = rows.unflatten(3, pools).sum(4, dtype=wide) / count.clamp(min=1)[..., None]
+    return mean, count
 
 
 def _summary(key: Tensor | BlockSummary, pool: int, block: int, first_key: int) -> BlockSummary:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmask.card import write_atomically
+from dynmask.checkpoint import read_checkpoint, unreadable
 from dynmask.encoder import BlockEncoder, encoder_loss_of
 from dynmask.errors import bad
 from dynmask.masks import LifetimeMask
@@ -36,7 +37,8 @@ SHARE = 0.01
 LATE = 0.25
 """Share of the query blocks that are drawn near the end of a document."""
 
-_CHECKPOINT = "dynmask_encoder"
+CHECKPOINT = "dynmask_encoder"
+LEFT = "the training of encoders"
 
 
 class EncoderTraining:
@@ -209,28 +211,20 @@ class EncoderTraining:
                 tensors[f"{moment}.{name}"] = state.get(moment, torch.zeros_like(parameter))
         tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
         about = json.dumps({"identity": identity, "step": self.step})
-        write_atomically(path, save(tensors, {_CHECKPOINT: about}))
+        write_atomically(path, save(tensors, {CHECKPOINT: about}))
 
     def _load(self, path: Path, identity: Any) -> None:
         """Take over what ``_save`` wrote; ValueError for another file or another run."""
-        from safetensors import safe_open
-
         kinds = ("encoder", "exp_avg", "exp_avg_sq")
+        about, tensors = read_checkpoint(path, CHECKPOINT, LEFT)
         try:
-            with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {})[_CHECKPOINT])
-                parts = [
-                    (parameter, *(file.get_tensor(f"{kind}.{name}") for kind in kinds))
-                    for name, parameter in self.parameters.items()
-                ]
+            parts = [
+                (parameter, *(tensors[f"{kind}.{name}"] for kind in kinds))
+                for name, parameter in self.parameters.items()
+            ]
             same, step = about["identity"] == json.loads(json.dumps(identity)), int(about["step"])
         except Exception as error:
-            raise bad(
-                "checkpoint",
-                "a file that the training of encoders left",
-                f"{path}, which cannot be read ({type(error).__name__})",
-                "Delete it, or name another file.",
-            ) from error
+            raise unreadable(path, LEFT, error) from error
         fits = all(x.shape == parameter.shape for parameter, *some in parts for x in some)
         if not same or not fits or not 0 <= step <= self.settings.steps:
             raise bad(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .masks import LifetimeMask
 from .plan import Plan, compact, place
+from .pooled_keys import PooledKeys
 from .slots import EMPTY, FEWEST_SLOTS, Rows
 
 INF = LifetimeMask.INF
@@ -316,14 +317,38 @@ class WholeStore(Rows):
         windows: for each query head its window, where the store remembers until when each key is
             read; None where that is asked anew for every call.
         sinks: first keys that are always read.
+        pools: summaries that the store is to keep up to date, or None.
     """
 
     shared = ("windows",)
 
-    def __init__(self, windows: Sequence[int] | None = None, sinks: int = 0) -> None:
+    def __init__(
+        self,
+        windows: Sequence[int] | None = None,
+        sinks: int = 0,
+        pools: PooledKeys | None = None,
+    ) -> None:
         self.windows = windows
         self.sinks = sinks
+        self.pools = pools
         super().__init__()
+
+    def reset(self) -> None:
+        """Forget every key, the batch size too."""
+        super().reset()
+        if self.pools is not None:
+            self.pools.reset()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return super().nbytes + (0 if self.pools is None else self.pools.nbytes)
+
+    def reorder(self, index: Tensor | Sequence[int]) -> None:
+        """Batch row i becomes what row ``index[i]`` was."""
+        super().reorder(index)
+        if self.pools is not None:
+            self.pools.reorder(index)
 
     def extend(self, key: Tensor, value: Tensor, runs: dict[int, tuple[int, int]]) -> None:
         """Keep new keys.
@@ -361,6 +386,8 @@ class WholeStore(Rows):
                 step(self._tensors["next"], list(runs))
             else:
                 self._tensors["next"].copy_(torch.tensor(self.seen, dtype=torch.int32))
+            if self.pools is not None:
+                self.pools.extend(key, runs)
 
     def remember(self, rows: Sequence[int], death: Tensor) -> None:
         """Until when the query heads of some rows read each key: int32 [r, h, k]."""
@@ -392,6 +419,8 @@ class WholeStore(Rows):
         self.seen = [max(seen - tokens, 0) for seen in self.seen]
         if self._tensors:
             self._tensors["next"].sub_(tokens).clamp_(min=0)
+        if self.pools is not None:
+            self.pools.crop(tokens, lambda row, start, stop: self.keys[row, :, start:stop])
 
     def _start(self, key: Tensor, value: Tensor) -> None:
         """No keys yet."""

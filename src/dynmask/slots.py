@@ -81,7 +81,7 @@ class Rows:
         """
         if not self._tensors:
             return
-        at = torch.as_tensor(index, device=self.keys.device)
+        at = torch.as_tensor(index, device=next(iter(self._tensors.values())).device)
         if at.dtype == torch.bool:
             at = at.nonzero().flatten()
         same = len(set(self.seen)) == 1

@@ -27,6 +27,7 @@ class BlockSummary:
         spread: sums of the squared differences from the mean, [b, g, blocks, d].
         block: positions in a block.
         start, stop: positions of the first key and after the last.
+        wider: the same keys in wider blocks, where somebody has made that already.
     """
 
     count: Tensor
@@ -35,6 +36,7 @@ class BlockSummary:
     block: int
     start: int
     stop: int
+    wider: BlockSummary | None = None
 
     @classmethod
     def of(cls, key: Tensor, block: int, start: int = 0) -> BlockSummary:
@@ -99,6 +101,8 @@ class BlockSummary:
         """The summary in blocks of ``block``, a multiple of the present size."""
         if block == self.block:
             return self
+        if self.wider is not None and self.wider.block == block:
+            return self.wider
         if block % self.block:
             raise ValueError(f"block: expected a multiple of {self.block}, received {block}")
         first = self.start // self.block

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmask.card import write_atomically
+from dynmask.checkpoint import read_checkpoint, unreadable
 from dynmask.errors import bad
 from dynmask.masks import LifetimeMask
 from dynmask.nn import Retention, retention_loss_of
@@ -32,7 +33,8 @@ EXTRA_WIDTHS = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 METER_ROWS = 16
 """Query rows of a held-out document whose attention is looked at."""
 
-_CHECKPOINT = "dynmask_retrofit"
+CHECKPOINT = "dynmask_retrofit"
+LEFT = "a run with these settings"
 
 
 class Batches(Protocol):
@@ -286,16 +288,12 @@ class Training:
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save(tensors, {_CHECKPOINT: json.dumps(state)}))
+        write_atomically(path, save(tensors, {CHECKPOINT: json.dumps(state)}))
 
     def load(self, path: Path, identity: Any) -> None:
         """Take over what ``save`` wrote; ValueError for another file or another run."""
-        from safetensors import safe_open
-
+        state, tensors = read_checkpoint(path, CHECKPOINT, LEFT)
         try:
-            with safe_open(str(path), framework="pt") as file:
-                state = json.loads((file.metadata() or {})[_CHECKPOINT])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             same = state["identity"] == json.loads(json.dumps(identity))
             parts = [
                 (p, *(tensors[f"{kind}.{name}"] for kind in ("head", "exp_avg", "exp_avg_sq")))
@@ -304,12 +302,7 @@ class Training:
             fits = all(t.shape == p.shape for p, *ts in parts for t in ts)
             step, seconds, losses = state["step"], state["seconds"], state["losses"]
         except Exception as error:
-            raise bad(
-                "checkpoint",
-                "a file that a run with these settings left",
-                f"{path}, which cannot be read ({type(error).__name__})",
-                "Delete it, or name another file.",
-            ) from error
+            raise unreadable(path, LEFT, error) from error
         if not same or not fits:
             raise bad(
                 "checkpoint",

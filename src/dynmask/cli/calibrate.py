@@ -323,6 +323,9 @@ def _pieces(
     arguments: argparse.Namespace, wanted: list[int], count: int
 ) -> tuple[Any, list[Any], list[int]]:
     """The model, ``count`` documents of each length that text and model allow, and the lengths."""
+    from dynmask.calibrate import check_checkpoint
+
+    check_checkpoint(arguments.policy, arguments.checkpoint)
     sources = list(texts(arguments.text, arguments.field))
     check_output_folder(arguments.out)
     model, tokenizer = load(arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,11 +195,13 @@ def use_threads(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
 
 
-def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+def load(arguments: argparse.Namespace, policies: Iterable[Any] = ()) -> tuple[Any, Any]:
     """Return the model, in eval mode on its device, and its tokenizer.
 
+    Cards of ``policies`` that are of a model of another shape are refused before weights are read.
+
     Raises:
-        ValueError: if there is no such model, device or tokenizer.
+        ValueError: if there is no such model, device or tokenizer, or a card is of another model.
         RuntimeError: if transformers is missing.
     """
     use_threads(arguments)
@@ -226,15 +228,27 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
             f"--model: expected a folder or a hub name such as owner/name, received {name!r}, "
             "which is not here; check the path"
         )
+    cards = [card for card in (getattr(x, "card", None) for x in policies) if card is not None]
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **where) if cards else None
+    except (OSError, ValueError, KeyError) as error:
+        raise _no_model(name, error) from error
+    for card in cards:
+        card.check_shape(config)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"--model: expected a causal language model that transformers can load, received "
-            f"{name!r} ({error})"
-        ) from error
+        raise _no_model(name, error) from error
     return model.to(device).eval(), tokenizer
+
+
+def _no_model(name: str, error: Exception) -> ValueError:
+    """The error about a model that cannot be loaded."""
+    return ValueError(
+        f"--model: expected a causal language model that transformers can load, received "
+        f"{name!r} ({error})"
+    )
 
 
 def _device(name: str) -> Any:

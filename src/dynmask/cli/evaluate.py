@@ -166,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
         figure_of()  # a missing matplotlib is told now, not after the run
     if arguments.out:
         check_output_folder(arguments.out)
-    model, tokenizer = load(arguments)
+    model, tokenizer = load(arguments, policies.values())
     from dynmask.evals.engine import Interrupted
 
     _warn_of_length(model, arguments)

@@ -65,6 +65,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "prompts where the cache holds only what is still read, else 65536; full reads it whole)",
     )
     command.add_argument(
+        "--offload",
+        action="store_true",
+        help="gated: keep keys and values of maps that choose blocks in host memory, and copy the "
+        "blocks that a token reads",
+    )
+    command.add_argument(
         "--temperature", type=float, default=0.0, help="0 always takes the likeliest token (0)"
     )
     command.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampling (1)")
@@ -87,7 +93,12 @@ def run(arguments: argparse.Namespace) -> int:
         )
     prompt = _prompt(arguments)
     policy = resolve_policy(arguments.policy)
-    model, tokenizer = load(arguments)
+    if arguments.offload and getattr(policy, "name", None) != "gated":
+        raise ValueError(
+            f"--offload: expected a gated policy with maps that choose blocks, received "
+            f"{arguments.policy}; leave it out"
+        )
+    model, tokenizer = load(arguments, [policy])
     ids = _encode(tokenizer, prompt, arguments)
 
     from dynmask.evals.engine import check_policies
@@ -106,7 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
         policy = Causal() if policy is None else policy
     streamer = _streamer(tokenizer, echo=not arguments.json)
     with attend(model, policy, measure=not arguments.no_density) as active:
-        work = Work(model, active, ids, chunk, streamer, shown=chunk > 0 and not arguments.quiet)
+        shown = chunk > 0 and not arguments.quiet
+        work = Work(model, active, ids, chunk, streamer, shown=shown, offload=arguments.offload)
         work.run(
             max_new_tokens=arguments.max_new_tokens,
             pad_token_id=_pad(model, tokenizer),
@@ -146,16 +158,25 @@ class Work:
         chunk: tokens read at once; 0 for all.
         streamer: hears of the tokens.
         shown: draw a bar.
+        offload: keep on the host what is rarely read.
     """
 
     def __init__(
-        self, model: Any, active: Any, ids: Any, chunk: int, streamer: Any, *, shown: bool
+        self,
+        model: Any,
+        active: Any,
+        ids: Any,
+        chunk: int,
+        streamer: Any,
+        *,
+        shown: bool,
+        offload: bool = False,
     ) -> None:
         self.model, self.active, self.ids = model, active, ids
-        self.chunk, self.streamer, self.shown = chunk, streamer, shown
+        self.chunk, self.streamer, self.shown, self.offload = chunk, streamer, shown, offload
         self.read = 0
         self.stopped = False
-        self._cache_bytes = 0
+        self._cache_bytes = self._host_bytes = 0
         self._cache: Any = None
 
     def run(self, **settings: Any) -> None:
@@ -181,7 +202,10 @@ class Work:
         from dynmask.integrations.prefill import cache_for, read_chunks
 
         total = self.ids.shape[1]
-        cache = cache_for(self.active, total) if self.chunk else bounded_cache(self.active)
+        if self.chunk or self.offload:
+            cache = cache_for(self.active, total if self.chunk else 0, self.offload)
+        else:
+            cache = bounded_cache(self.active)
         self._cache = cache
 
         def heard(tokens: int) -> None:
@@ -195,7 +219,8 @@ class Work:
 
         self.streamer.first_came = first
         if self.chunk:
-            read_chunks(self.model, self.ids, cache, self.chunk, heard)
+            policy = self.active.policy
+            read_chunks(self.model, self.ids, cache, self.chunk, heard, policy)
         ids = self.ids.to(self.model.device)
         out = self.model.generate(
             input_ids=ids,
@@ -212,20 +237,26 @@ class Work:
         from dynmask.integrations.prefill import cache_bytes
 
         self._cache_bytes = max(self._cache_bytes, cache_bytes(self._cache) or 0)
+        self._host_bytes = max(self._host_bytes, getattr(self._cache, "host_nbytes", 0))
 
     def memory(self) -> dict[str, Any]:
-        """Bytes at the peak: all, those of the weights, of the cache, and the rest."""
+        """Bytes at the peak: all, those of the weights, of the cache, and the rest.
+
+        What was offloaded is in the host's memory: part of the whole on a CPU alone.
+        """
         tensors = {x.data_ptr(): x for x in (*self.model.parameters(), *self.model.buffers())}
         weights, peak = sum(x.nbytes for x in tensors.values()), self._peak
         on_gpu = self.model.device.type == "cuda"
         # a process on a CPU holds more than weights before it starts, and reuses what is free
         total = (peak.start if on_gpu else weights) + peak.bytes
-        total = max(total, weights + self._cache_bytes)
+        known = weights + self._cache_bytes + (0 if on_gpu else self._host_bytes)
+        total = max(total, known)
         return {
             "peak_bytes": total,
             "weight_bytes": weights,
             "cache_bytes": self._cache_bytes,
-            "rest_bytes": total - weights - self._cache_bytes,
+            "offloaded_bytes": self._host_bytes,
+            "rest_bytes": total - known,
             "method": peak.method,
         }
 
@@ -366,6 +397,8 @@ def _memory_sentence(memory: dict[str, Any], chunk: int) -> str:
     names = ("peak_bytes", "weight_bytes", "cache_bytes", "rest_bytes")
     peak, weights, cache, rest = (_size(memory[name]) for name in names)
     what = f"one chunk of {chunk:,} tokens" if chunk else "the whole prompt at once"
+    away = memory["offloaded_bytes"]
+    cache += f" + {_size(away)} of it in host memory" if away else ""
     return (
         f"[peak memory {peak}: weights {weights} + cache {cache} + {rest} for the rest, "
         f"activations of {what}; {memory['method']}]"

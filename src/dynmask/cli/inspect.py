@@ -106,7 +106,7 @@ def _prompt(arguments: argparse.Namespace) -> int:
 
         policy = Causal()
     prompt = read_prompt(arguments)
-    model, tokenizer = load(arguments)
+    model, tokenizer = load(arguments, [policy])
     from dynmask.evals.gallery import mask_gallery, record_masks
     from dynmask.evals.provenance import environment
 

@@ -15,6 +15,7 @@ from ..cache import Live
 from ..masks import LifetimeMask, Mask, MixedMask, PlacedMask
 from ..policies import Causal, Gated, Layer
 from ..policies.base import evicts
+from ..policies.blocks import Pools
 from .cache import BoundedCache
 from .calls import NO_CALL, Call, take_call
 from .checks import check_call
@@ -36,6 +37,7 @@ class Site(NamedTuple):
         s_aux: the model's own attention sinks [h], or None.
         call: what else the module was called with, for policies whose cache drops keys.
         heads: query heads that are asked about; None for all of the layer.
+        pools: from batch rows to what a cache knows of their keys, see ``Layer.pools``.
     """
 
     module: nn.Module
@@ -46,6 +48,11 @@ class Site(NamedTuple):
     s_aux: Tensor | None
     call: Call
     heads: Heads | None = None
+    pools: Callable[[slice], Pools] | None = None
+
+    def pools_of(self, rows: slice) -> Pools | None:
+        """What a cache knows of the keys of some batch rows."""
+        return None if self.pools is None else self.pools(rows)
 
 
 class Adapter:
@@ -151,7 +158,8 @@ class Adapter:
             q = query[batches, :, span.queries]
             k, v = key[batches, :, span.keys], value[batches, :, span.keys]
             unrotate = unrotate_of(site.module, site.call, batches, span.queries, first_key)
-            layer = Layer(site.index, first_key, unrotate, partial(self._hear, site, phase))
+            tell, pools = partial(self._hear, site, phase), site.pools_of(batches)
+            layer = Layer(site.index, first_key, unrotate, tell, pools)
             mask, bias = self._ask(site, phase, layer, q, k, v)
             self._measure(site, phase, mask, first_key, q, k)
             masks.append(mask)

@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import bad
+from ..hosted import HostedStore
 from ..masks import LifetimeMask
 from ..masks.base import check_whole
 from ..policies import Gated
+from ..pooled_keys import PooledKeys
 from ..ragged import RaggedStore, WholeStore
 from .cache import NewKeysLayer, OwnedCache, check_rows
 
@@ -64,9 +66,10 @@ class LayerPlan:
         members: query heads of a kv head.
         windows: of each query head; ``LifetimeMask.INF`` where it is dense.
         chooses: which query heads choose columns.
-        freed, whole: kv heads that drop keys, and those that keep all.
-        freed_queries, whole_queries: their query heads.
-        whole_policy: asked about the query heads of ``whole``.
+        freed, whole, hosted: kv heads that drop keys, those that keep all, and those that keep all
+            on the host.
+        freed_queries, whole_queries, hosted_queries: their query heads.
+        whole_policy, hosted_policy: asked about the query heads of ``whole`` and ``hosted``.
         keeps: what a call of many tokens chose is read by those of one token that follow.
         anew: whether some map of ``whole`` chooses blocks: then these kv heads, which keep all
             keys, choose for every token.
@@ -79,24 +82,32 @@ class LayerPlan:
     chooses: tuple[bool, ...]
     freed: Heads
     whole: Heads
+    hosted: Heads
     freed_queries: Heads
     whole_queries: Heads
+    hosted_queries: Heads
     whole_policy: Gated
+    hosted_policy: Gated
     keeps: bool
     anew: bool
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, policy: Gated, index: int, heads: int, kv_heads: int) -> LayerPlan:
+    def of(
+        cls, policy: Gated, index: int, heads: int, kv_heads: int, offload: bool = False
+    ) -> LayerPlan:
         """The plan of a layer of so many heads."""
         members = heads // kv_heads
         free = policy.frees(index, heads, kv_heads)
+        away = policy.reads_blocks(index, heads, kv_heads) if offload else [False] * kv_heads
+        kinds = [0 if free[g] else 2 if away[g] else 1 for g in range(kv_heads)]
 
-        freed, whole = (
-            Heads([g for g in range(kv_heads) if free[g] is wanted], kv_heads)
-            for wanted in (True, False)
+        freed, whole, hosted = (
+            Heads([g for g in range(kv_heads) if kinds[g] == kind], kv_heads) for kind in range(3)
         )
-        freed_queries, whole_queries = (_queries(some, members) for some in (freed, whole))
+        freed_queries, whole_queries, hosted_queries = (
+            _queries(some, members) for some in (freed, whole, hosted)
+        )
         asked = policy.choosing()
         return cls(
             index=index,
@@ -106,9 +117,12 @@ class LayerPlan:
             chooses=tuple(policy.chooses(index, heads)),
             freed=freed,
             whole=whole,
+            hosted=hosted,
             freed_queries=freed_queries,
             whole_queries=whole_queries,
+            hosted_queries=hosted_queries,
             whole_policy=asked.of_heads(whole_queries.numbers),
+            hosted_policy=asked.of_heads(hosted_queries.numbers),
             keeps=policy.decode == "keep",
             anew=any(policy.chooses_blocks(index, heads)),
         )
@@ -122,9 +136,21 @@ class LayerPlan:
         finite = any(self.windows[h] < LifetimeMask.INF for h in self.whole_queries.numbers)
         return self.keeps and finite and not self.anew
 
-    def store(self) -> LayerStore:
-        """An empty one."""
-        ragged = whole = None
+    def pools(self, kv: Heads) -> PooledKeys | None:
+        """Summaries for those of some kv heads that have a map that chooses blocks; None if none.
+
+        An encoder looks at whole blocks besides.
+        """
+        asked, m = self.policy, self.members
+        chooses = asked.chooses_blocks(self.index, kv.of * m)
+        some = [i for i, g in enumerate(kv.numbers) if any(chooses[g * m : (g + 1) * m])]
+        trained = asked.encoders is not None and asked.encoders[self.index] is not None
+        sizes = {asked.key_pool, asked.block} if trained else {asked.key_pool}
+        return PooledKeys(some, sorted(sizes)) if some else None
+
+    def store(self, prompt: int = 0) -> LayerStore:
+        """An empty one, of sequences whose prompts have so many tokens where that is known."""
+        ragged = whole = hosted = None
         if len(self.freed):
             own = [self.windows[h] for h in self.freed_queries.numbers]
             m = self.members
@@ -132,8 +158,12 @@ class LayerPlan:
             ragged = RaggedStore(grouped, self.policy.sinks)
         if len(self.whole):
             own = [self.windows[h] for h in self.whole_queries.numbers]
-            whole = WholeStore(own if self.remembers else None, self.policy.sinks)
-        return LayerStore(ragged, whole)
+            own = own if self.remembers else None
+            whole = WholeStore(own, self.policy.sinks, self.pools(self.whole))
+        pools = self.pools(self.hosted)
+        if pools is not None:
+            hosted = HostedStore(pools, self.policy.block, prompt)
+        return LayerStore(ragged, whole, hosted)
 
     def queries_of(self, kv: Heads) -> Heads:
         """The query heads of some kv heads."""
@@ -155,27 +185,35 @@ def _queries(kv: Heads, members: int) -> Heads:
 
 @dataclass
 class LayerStore:
-    """What a layer keeps: the kv heads that drop keys and those that do not."""
+    """What a layer keeps: the kv heads that drop keys and those that do not, or on the host."""
 
     ragged: RaggedStore | None
     whole: WholeStore | None
+    hosted: HostedStore | None = None
 
     @property
     def seen(self) -> list[int]:
         """Tokens of each batch row; empty before the first call."""
-        store = self.ragged or self.whole
-        assert store is not None
-        return store.seen
+        return self._stores()[0].seen
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors that are not on the host."""
         return sum(store.nbytes for store in self._stores())
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of all tensors on the host."""
+        return 0 if self.hosted is None else self.hosted.host_nbytes
 
     def check_fit(self, plan: LayerPlan, key: Tensor, value: Tensor) -> None:
         """Raise ValueError unless new keys [b, g, n, d] and values are of the kind of the old."""
         if self.seen:
-            for store, heads in ((self.ragged, plan.freed), (self.whole, plan.whole)):
+            for store, heads in (
+                (self.ragged, plan.freed),
+                (self.whole, plan.whole),
+                (self.hosted, plan.hosted),
+            ):
                 if store is not None:
                     store.check_fit(heads.take(key), heads.take(value))
 
@@ -191,13 +229,12 @@ class LayerStore:
 
     def crop(self, tokens: int) -> None:
         """Forget the newest tokens; ValueError where keys were dropped."""
-        if self.ragged is not None:
-            self.ragged.crop(tokens)
-        if self.whole is not None:
-            self.whole.crop(tokens)
+        for store in self._stores():
+            store.crop(tokens)
 
-    def _stores(self) -> list[RaggedStore | WholeStore]:
-        return [store for store in (self.ragged, self.whole) if store is not None]
+    def _stores(self) -> list[RaggedStore | WholeStore | HostedStore]:
+        every = self.ragged, self.whole, self.hosted
+        return [store for store in every if store is not None]
 
 
 class GatedLayer(NewKeysLayer):
@@ -214,7 +251,7 @@ class GatedLayer(NewKeysLayer):
         """The store, for the keys of the last update."""
         self._waiting = False
         if self.store is None:
-            self.store = self.plan.store()
+            self.store = self.plan.store(self.prompt)
         return self.store
 
     def in_prompt(self, tokens: int) -> bool:
@@ -249,19 +286,31 @@ class GatedCache(OwnedCache):
     fork. The guard of a policy looks at what is still there; kept mass is measured in the call
     that begins a sequence.
 
+    Maps that choose blocks do so from pools of the keys, which the cache carries along: a decoded
+    token or a chunk pools its own keys alone.
+
+    With ``offload`` the keys and values of kv heads that read nothing but blocks and windows lie in
+    host memory (pinned, and copied on a stream of its own, where there is CUDA). Their pools stay
+    on the device, and of a decoded token the blocks that it reads are copied. A call of several
+    tokens reads nearly all blocks: it has all keys of one layer copied, one layer at a time.
+
     Args:
         run: what ``sparsify`` returned.
         prompt: tokens of a prompt that comes in chunks, padding counted.
+        offload: keep on the host what is rarely read.
 
     Raises:
-        ValueError: a run whose policy is not gated, or was removed, or drops nothing.
+        ValueError: a run whose policy is not gated, or was removed, or reads all keys for every
+            token; ``offload`` where no kv head reads blocks and windows alone.
     """
 
-    def __init__(self, run: Run, prompt: int = 0) -> None:
+    def __init__(self, run: Run, prompt: int = 0, offload: bool = False) -> None:
         from .checks import attention_modules, decoder_config
 
         policy = _policy_of(run)
         check_whole("prompt", prompt, 0)
+        if not isinstance(offload, bool):
+            raise bad("GatedCache: offload", "True or False", repr(offload))
         config = decoder_config(run.model)
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -276,18 +325,11 @@ class GatedCache(OwnedCache):
                 "Hybrid models keep their own cache.",
             )
         plans = {
-            index: LayerPlan.of(policy, index, heads, kv_heads)
+            index: LayerPlan.of(policy, index, heads, kv_heads, offload)
             for index, layer in enumerate(layers)
             if type(layer) is DynamicLayer
         }
-        if policy.decode == "select" and not any(len(plan.freed) for plan in plans.values()):
-            raise bad(
-                "GatedCache",
-                "a policy that leaves keys unread for good in some kv head",
-                "one whose every kv head has a dense map or one that chooses columns anew for "
-                "each token, or a model whose layers have sliding windows",
-                "Use decode='keep', or leave the cache to generate().",
-            )
+        _check_gains(policy, list(plans.values()), heads, offload)
         self._own(run, attention_modules(run.model))
         self.policy = policy.choosing()
         for index, plan in plans.items():
@@ -296,8 +338,14 @@ class GatedCache(OwnedCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers' tensors."""
+        """Bytes of all layers' tensors, without those on the host."""
         return sum(_layer_bytes(layer) for layer in self.layers)
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of all layers' tensors that were moved to the host; 0 without ``offload``."""
+        stores = [x.store for x in self.layers if isinstance(x, GatedLayer)]
+        return sum(store.host_nbytes for store in stores if store is not None)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens, given as a negative number; all layers or none."""
@@ -329,6 +377,27 @@ class GatedCache(OwnedCache):
         check_rows(where, store.seen or [0] * len(key))
         store.check_fit(layer.plan, key, value)
         return store
+
+
+def _check_gains(policy: Gated, plans: list[LayerPlan], heads: int, offload: bool) -> None:
+    """Raise ValueError for a policy that this cache has nothing to offer."""
+    if offload and not any(len(plan.hosted) for plan in plans):
+        raise bad(
+            "GatedCache: offload",
+            "a kv head whose maps all choose blocks, or have a window beside one that does",
+            "none: dense maps, and columns that are chosen anew, read every key for each token",
+            "Leave offload out.",
+        )
+    blocks = any(any(policy.chooses_blocks(plan.index, heads)) for plan in plans)
+    freed = any(len(plan.freed) for plan in plans)
+    if policy.decode == "select" and not freed and not blocks:
+        raise bad(
+            "GatedCache",
+            "a policy that leaves keys unread for good in some kv head, or chooses blocks",
+            "one whose every kv head has a dense map or one that chooses columns anew for "
+            "each token, or a model whose layers have sliding windows",
+            "Use decode='keep', or leave the cache to generate().",
+        )
 
 
 def _policy_of(run: Any) -> Gated:

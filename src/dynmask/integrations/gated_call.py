@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..cache import runs_of
 from ..errors import bad
+from ..hosted import HostedStore
 from ..masks import LifetimeMask, Mask, MixedMask, Span
 from ..plan import Plan
-from ..policies import Layer
+from ..policies import Gated, Layer
 from ..ragged import Part, RaggedStore, WholeStore
 from .adapter import Adapter, Site
 from .calls import NO_CALL
@@ -119,6 +120,7 @@ class GatedCall:
         self.plan: LayerPlan = layer.plan
         self.ragged: RaggedStore | None = layer.store.ragged
         self.whole: WholeStore | None = layer.store.whole
+        self.hosted: HostedStore | None = layer.store.hosted
         self.held = layer.in_prompt(layer.tokens)
         self.runs = runs
         self.query, self.key, self.value = query, key, value
@@ -138,8 +140,8 @@ class GatedCall:
         site = self.site._replace(policy=self.plan.policy)
         out = listener._place(site, self.query, self.key, self.value)
         groups = self._groups(site.where)
+        self._extend()
         if self.whole is not None:
-            self._extend_whole()
             self._remember(groups, listener.masks)
         if self.ragged is not None:
             freed, queries = self.plan.freed, self.plan.freed_queries
@@ -156,12 +158,18 @@ class GatedCall:
 
     def decode(self) -> Tensor:
         """One token of each row, after a choice was made."""
-        out = self._out()
+        out, plan = self._out(), self.plan
+        self._extend()
         if self.whole is not None:
-            self._extend_whole()
-            recalls = self.plan.keeps and not self.plan.anew
-            part = self._recall() if recalls else self._ask_whole()
-            self.plan.whole_queries.put(out, part)
+            recalls = plan.keeps and not plan.anew
+            part = (
+                self._recall()
+                if recalls
+                else self._ask(self.whole, plan.whole_queries, plan.whole_policy)
+            )
+            plan.whole_queries.put(out, part)
+        if self.hosted is not None:
+            plan.hosted_queries.put(out, self._fetch())
         if self.ragged is not None:
             freed, queries = self.plan.freed, self.plan.freed_queries
             self.ragged.add(freed.take(self.key), freed.take(self.value), list(self.runs))
@@ -173,11 +181,15 @@ class GatedCall:
 
     def go_on(self) -> Tensor:
         """Several tokens after others: a chunk of a prompt, or a new turn."""
-        out = self._out()
+        out, plan = self._out(), self.plan
+        self._extend()
         if self.whole is not None:
-            self._extend_whole()
-            self.plan.whole_queries.put(out, self._ask_whole())
+            part = self._ask(self.whole, plan.whole_queries, plan.whole_policy)
+            plan.whole_queries.put(out, part)
             self._remember(self._groups(self._placement()), self.listener.masks)
+        if self.hosted is not None:
+            part = self._ask(self.hosted, plan.hosted_queries, plan.hosted_policy)
+            plan.hosted_queries.put(out, part)
         if self.ragged is not None:
             order, counts = self.ragged.live()
             parts = [
@@ -191,11 +203,11 @@ class GatedCall:
 
     # kv heads that keep all keys
 
-    def _extend_whole(self) -> None:
+    def _extend(self) -> None:
         """Keep the new tokens."""
-        assert self.whole is not None
-        heads = self.plan.whole
-        self.whole.extend(heads.take(self.key), heads.take(self.value), self.runs)
+        for store, heads in ((self.whole, self.plan.whole), (self.hosted, self.plan.hosted)):
+            if store is not None:
+                store.extend(heads.take(self.key), heads.take(self.value), self.runs)
 
     def _placement(self) -> Placement:
         """Where the sequences lie in what is kept: from the first key of each row on."""
@@ -209,15 +221,43 @@ class GatedCall:
             return [(list(range(self.batch)), common[0])]
         return [([span.batch], span) for span in where.spans]
 
-    def _ask_whole(self) -> Tensor:
+    def _ask(self, store: WholeStore | HostedStore, heads: Heads, policy: Gated) -> Tensor:
         """Attention under what the policy answers: [b, h, n, dv]."""
-        assert self.whole is not None
-        heads, where = self.plan.whole_queries, self._placement()
-        site = self._site(heads)._replace(where=where, policy=self.plan.whole_policy)
-        out = self.listener._place(site, heads.take(self.query), *self.whole.held())
-        for (rows, _), mask in zip(self._groups(where), self.listener.masks, strict=True):
+        where = self._placement()
+        site = self._asked(store, heads, policy)._replace(where=where)
+        before = len(self.listener.masks)
+        out = self.listener._place(site, heads.take(self.query), *store.held())
+        masks = self.listener.masks[before:]
+        for (rows, _), mask in zip(self._groups(where), masks, strict=True):
             self._count(heads, mask, len(rows))
         return out
+
+    def _asked(self, store: WholeStore | HostedStore, heads: Heads, policy: Gated) -> Site:
+        """The site of query heads that choose, from what their store knows of its keys."""
+        pools = store.pools
+        known = None if pools is None else partial(partial, pools.of)
+        return self._site(heads)._replace(policy=policy, pools=known)
+
+    def _fetch(self) -> Tensor:
+        """Attention of one token of each row to what it reads of the host's keys: [b, h, 1, dv]."""
+        store, heads = self.hosted, self.plan.hosted_queries
+        assert store is not None
+        site = self._asked(store, heads, self.plan.hosted_policy)
+        query = heads.take(self.query)
+        seen = torch.zeros(
+            self.batch, len(heads), store.longest, dtype=torch.bool, device=query.device
+        )
+        for rows, span in self._groups(self._placement()):
+            own, keys = slice(rows[0], rows[-1] + 1), span.key_stop
+            # what the policy is asked by its pools; NaN for whoever looks at keys all the same
+            nothing = self.key.new_full((1,), float("nan"))
+            key = nothing.expand(len(rows), len(self.plan.hosted), keys, self.key.shape[3])
+            layer = Layer(self.plan.index, pools=site.pools_of(own))
+            mask, _ = self.listener._ask(site, "decode", layer, query[own], key, key)
+            self._count(heads, mask, len(rows))
+            seen[own, :, :keys] = mask.dense()[:, :, 0]
+        key, value, own_mask = store.fetch(seen)
+        return self._compute(heads, key, value, own_mask)
 
     def _recall(self) -> Tensor:
         """Attention under the choice of an earlier call: [b, h, 1, dv]."""

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from ..errors import bad
 from ..policies import Gated
-from ..policies.base import evicts
+from ..policies.base import evicts, grid_of
 
 BOUNDED_CHUNK = 8_192
 """Tokens read at once by default where the cache holds only keys that are still read."""
+
+FEWEST_LAST = 64
+"""Tokens of a last chunk at least, where chunks are longer: its queries choose columns."""
 
 CHUNK = 65_536
 """The same for other policies: each chunk looks at all keys before it, so fewer are faster."""
@@ -37,9 +40,27 @@ def default_chunk(policy: Any, tokens: int) -> int:
     return chunk if tokens > chunk else 0
 
 
-def exact_in_chunks(policy: Any) -> bool:
-    """Whether a prompt in chunks is read as the whole prompt would be."""
-    return policy is None or bool(policy.causal)
+def chunk_size(policy: Any, tokens: int, chunk: int) -> int:
+    """Tokens of each chunk but the last, of a prompt of so many: at most ``chunk``.
+
+    Chunks are about equally long. They are whole blocks of a policy that then reads what it would
+    in the whole prompt, where a chunk has room for one.
+    """
+    grid = grid_of(policy) or 1
+    most = chunk - chunk % grid if chunk >= grid else chunk
+    size = -(-tokens // -(-tokens // most))
+    if most % grid == 0:
+        size += -size % grid
+    # a last chunk of a few tokens would choose by a few queries
+    while size > grid and 0 < tokens % size < min(FEWEST_LAST, size // 2):
+        size -= grid
+    return size
+
+
+def exact_in_chunks(policy: Any, tokens: int, chunk: int) -> bool:
+    """Whether a prompt of so many tokens, in chunks, is read as the whole prompt would be."""
+    grid = grid_of(policy)
+    return grid > 0 and chunk_size(policy, tokens, chunk) % grid == 0
 
 
 def chunk_note(policy: Any, tokens: int, chunk: int) -> str:
@@ -51,9 +72,9 @@ def chunk_note(policy: Any, tokens: int, chunk: int) -> str:
         chunk: tokens read at once.
     """
     name = "full" if policy is None else policy.name
-    number = -(-tokens // chunk)
-    what = f"{number} chunks of up to {chunk:,} tokens: "
-    if exact_in_chunks(policy):
+    size = chunk_size(policy, tokens, chunk)
+    what = f"{-(-tokens // size)} chunks of up to {size:,} tokens: "
+    if exact_in_chunks(policy, tokens, chunk):
         return what + f"{name} is exact, each query reads what it would in the whole prompt"
     kept = ""
     if isinstance(policy, Gated) and policy.decode == "keep":
@@ -64,18 +85,24 @@ def chunk_note(policy: Any, tokens: int, chunk: int) -> str:
     )
 
 
-def cache_for(run: Any, tokens: int) -> Any:
+def cache_for(run: Any, tokens: int, offload: bool = False) -> Any:
     """The cache that holds least under a run; transformers' own where all keys are read again.
 
     Args:
         run: what ``sparsify`` returned.
         tokens: of the prompt that will come in chunks.
+        offload: keep on the host what is rarely read, see :class:`dynmask.GatedCache`.
+
+    Raises:
+        ValueError: ``offload`` under a policy that it cannot serve.
     """
     from transformers import DynamicCache
 
     from .cache import BoundedCache
     from .gated_cache import GatedCache
 
+    if offload:
+        return GatedCache(run, prompt=tokens, offload=True)
     try:
         if evicts(run.policy):
             return BoundedCache(run)
@@ -94,12 +121,12 @@ def read_chunks(
     cache: Any,
     chunk: int,
     heard: Callable[[int], object] | None = None,
+    policy: Any = None,
 ) -> int:
     """Read a prompt into a cache, all but its last chunk, which its caller reads.
 
     The last chunk is the one whose logits are wanted, and the one that ``generate`` reads when it
-    is given all ids and this cache. Chunks are equally long but for a few tokens: a last one of a
-    single token would have one query to choose with.
+    is given all ids and this cache. How long chunks are says :func:`chunk_size`.
 
     Args:
         model: a Hugging Face causal language model, sparsified or converted.
@@ -107,6 +134,7 @@ def read_chunks(
         cache: an empty cache of the model.
         chunk: most tokens read at once.
         heard: called after each chunk, when the device has done with it, with its tokens.
+        policy: that the model runs under: chunks are whole blocks of it where that matters.
 
     Returns:
         Tokens that were read, less than n.
@@ -119,7 +147,7 @@ def read_chunks(
     last_only = {"logits_to_keep": 1} if keeps_logits(model) else {}
     device = next(model.parameters()).device
     tokens = ids.shape[1]
-    size = -(-tokens // -(-tokens // chunk))
+    size = chunk_size(policy, tokens, chunk)
     read = (tokens - 1) // size * size
     for part in ids[:, :read].split(size, 1) if read else ():
         model(input_ids=part.to(device), past_key_values=cache, use_cache=True, **last_only)
@@ -152,6 +180,7 @@ __all__ = [
     "cache_bytes",
     "cache_for",
     "chunk_note",
+    "chunk_size",
     "default_chunk",
     "exact_in_chunks",
     "keeps_logits",

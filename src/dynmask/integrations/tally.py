@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import Counter
 from typing import Any
@@ -20,25 +21,31 @@ NOT_LOOKED_AT = -1
 
 
 class Tally:
-    """Densities and kept mass, summed per phase, layer and head without reading the device."""
+    """Densities and kept mass, summed per phase, layer and head without reading the device.
+
+    Threads may count at the same time; nothing is lost.
+    """
 
     def __init__(self) -> None:
         self._warned = False
+        self._lock = threading.RLock()
         self.clear()
 
     def clear(self) -> None:
         """Forget what was counted."""
-        self.impl: Counter[str] = Counter()
-        self._calls: Counter[str] = Counter()
-        self._kept: dict[tuple[str, int], Tensor] = {}
-        self._pairs: Counter[tuple[str, int]] = Counter()
-        self._mass: dict[tuple[str, int], list[Tensor]] = {}
-        self._factors: dict[int, list[Tensor]] = {}
+        with self._lock:
+            self.impl: Counter[str] = Counter()
+            self._calls: Counter[str] = Counter()
+            self._kept: dict[tuple[str, int], Tensor] = {}
+            self._pairs: Counter[tuple[str, int]] = Counter()
+            self._mass: dict[tuple[str, int], list[Tensor]] = {}
+            self._factors: dict[int, list[Tensor]] = {}
 
     def count(self, phase: str, impl: str) -> None:
         """One attention call."""
-        self._calls[phase] += 1
-        self.impl[impl] += 1
+        with self._lock:
+            self._calls[phase] += 1
+            self.impl[impl] += 1
 
     def add_density(
         self, phase: str, layer: int, mask: Mask, heads: int, batch: int, first_key: int
@@ -56,12 +63,15 @@ class Tally:
     def add_kept(self, phase: str, layer: int, kept: Tensor, pairs: int) -> None:
         """Count pairs that each head has read, float64 [h], out of ``pairs`` causal ones."""
         place = phase, layer
-        self._kept[place] = kept + self._kept[place].to(kept) if place in self._kept else kept
-        self._pairs[place] += pairs
+        with self._lock:
+            self._kept[place] = kept + self._kept[place].to(kept) if place in self._kept else kept
+            self._pairs[place] += pairs
 
     def add_mass(self, phase: str, layer: int, shares: Tensor) -> None:
         """Kept shares [b, h, rows] of one call."""
-        self._mass.setdefault((phase, layer), []).append(shares.transpose(1, 2).flatten(0, 1))
+        rows = shares.transpose(1, 2).flatten(0, 1)
+        with self._lock:
+            self._mass.setdefault((phase, layer), []).append(rows)
 
     def add_widened(self, layer: int, factor: Tensor) -> None:
         """What the guard of a policy did: factors of one call [b, h], 1 for maps left alone,
@@ -69,10 +79,12 @@ class Tally:
 
         The first time that it did something is warned of.
         """
-        self._factors.setdefault(layer, []).append(factor)
         wide = (factor != 1) & (factor != NOT_LOOKED_AT)
-        if not self._warned and bool(wide.any()):
-            self._warned = True
+        with self._lock:
+            self._factors.setdefault(layer, []).append(factor)
+            first = not self._warned and bool(wide.any())
+            self._warned = self._warned or first
+        if first:
             heads = ", ".join(map(str, wide.any(0).nonzero().flatten().tolist()))
             warnings.warn(
                 f"guard: the masks of layer {layer}, heads {heads}, keep less of the attention "
@@ -83,11 +95,12 @@ class Tally:
 
     def summary(self, layers: int) -> dict[str, Any]:
         """Densities and kept mass as plain numbers; see ``Run.summary``."""
-        out: dict[str, Any] = {phase: self._phase(phase, layers) for phase in PHASES}
-        out["impl"] = dict(self.impl)
-        if self._factors:
-            out["guard"] = self._guard(layers)
-        return out
+        with self._lock:
+            out: dict[str, Any] = {phase: self._phase(phase, layers) for phase in PHASES}
+            out["impl"] = dict(self.impl)
+            if self._factors:
+                out["guard"] = self._guard(layers)
+            return out
 
     def _guard(self, layers: int) -> dict[str, Any]:
         """What the guard did, as plain numbers."""

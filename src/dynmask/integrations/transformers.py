@@ -9,6 +9,7 @@ patched. The mask function tells where every sequence lies in the padded tensors
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -41,6 +42,9 @@ from .tally import NOT_LOOKED_AT, Tally, kept_mass, sampled_rows
 
 _numbers = itertools.count()
 
+_attaching = threading.Lock()
+"""Held from looking whether a model is free until its policy is named in it."""
+
 
 def sparsify(
     model: PreTrainedModel,
@@ -63,6 +67,12 @@ def sparsify(
     window, attention sinks of the model stay. Gradients flow to the model's weights; the choice
     of keys is a constant. With gradient checkpointing, call ``backward`` before the run is
     removed: it computes the forward pass again.
+
+    Threads may generate at the same time, with models of their own or with this one: what belongs
+    to a call is in its arguments and its cache, so give every thread a cache of its own. The
+    policy is the model's, not the thread's: one at a time for all threads that use the model (a
+    second is refused; for two at once take a copy of the model with a config of its own), and the
+    measurements are sums over all of them. Remove the run when no thread is generating any more.
 
     A model that was loaded with ``tp_plan="auto"`` is sparsified on every rank: a policy's numbers
     of single heads, a card's, are cut to the heads of the rank, and so are the measurements.
@@ -100,6 +110,13 @@ class Run(Adapter):
         self, model: PreTrainedModel, policy: Any, *, impl: str, measure: bool, measure_rows: int
     ) -> None:
         check_settings(impl, measure_rows)
+        with _attaching:
+            self._begin(model, policy, impl, measure, measure_rows)
+
+    def _begin(
+        self, model: PreTrainedModel, policy: Any, impl: str, measure: bool, measure_rows: int
+    ) -> None:
+        """Check that the policy fits, and put it to work."""
         check_model(model)
         config = decoder_config(model)
         check_policy(model, policy, config)

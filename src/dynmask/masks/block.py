@@ -101,19 +101,8 @@ class BlockMask(Mask):
                 f"key blocks], received {chosen.dtype} {tuple(chosen.shape)}"
             )
         first = (keys - queries) // block_q
-        qb = torch.arange(chosen.shape[2], device=chosen.device)[:, None] + first
-        kb = torch.arange(chosen.shape[3], device=chosen.device)
-        last = ((qb + 1) * block_q).clamp(max=keys) - 1
-        past = kb * block_k <= last
-        own = past & ((kb + 1) * block_k > qb * block_q)
-        if ops.fused(chosen.device):
-            cap = kb.numel() if most is None else min(most, kb.numel())
-            index = ops.block_lists(chosen, block_q, block_k, keys, first, cap)
-            return cls(index, block_q, block_k, keys, queries, checked=True)
-        chosen = (chosen & past) | own
-        slot, _, count = compact(kb, chosen, torch.zeros_like(chosen))
-        index = place(kb.int(), slot, int(count.max()), -1)
-        return cls(index, block_q, block_k, keys, queries)
+        index = block_lists(chosen, block_q, block_k, keys, first, most)
+        return cls(index, block_q, block_k, keys, queries, checked=True)
 
     @property
     def batch(self) -> int:
@@ -279,3 +268,29 @@ class BlockMask(Mask):
 
         least, most = of_block(death.amin(-1)), of_block(death.amax(-1))
         return full & (least >= stop[:, None]), some & (most > first[:, None])
+
+
+def block_lists(
+    chosen: Tensor, block_q: int, block_k: int, keys: int, first: int, most: int | None = None
+) -> Tensor:
+    """Lists of chosen blocks, as ``BlockMask.index``: int32 [b, heads, query blocks, cap].
+
+    Args:
+        chosen: bool [b, heads, query blocks, key blocks]; the future is dropped, the own block
+            added.
+        block_q, block_k: positions in a query block and in a key block.
+        keys: keys in the tensor.
+        first: number of the first query block of the table.
+        most: blocks in one list at most, where the caller knows; the lists may be shorter.
+    """
+    qb = torch.arange(chosen.shape[2], device=chosen.device)[:, None] + first
+    kb = torch.arange(chosen.shape[3], device=chosen.device)
+    last = ((qb + 1) * block_q).clamp(max=keys) - 1
+    past = kb * block_k <= last
+    own = past & ((kb + 1) * block_k > qb * block_q)
+    if ops.fused(chosen.device):
+        cap = kb.numel() if most is None else min(most, kb.numel())
+        return ops.block_lists(chosen, block_q, block_k, keys, first, cap)
+    chosen = (chosen & past) | own
+    slot, _, count = compact(kb, chosen, torch.zeros_like(chosen))
+    return place(kb.int(), slot, int(count.max()), -1)

@@ -12,6 +12,7 @@ from ..masks import Mask
 
 if TYPE_CHECKING:
     from ..retention import Retention
+    from ..summary import BlockSummary
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,18 @@ class Layer:
         tell: hears what a policy did beyond its settings, a name and a number for each map
             [b, h]: the gated policy's guard tells ``"widened"``, by how much. None if nobody
             listens.
+        pools: from kv heads side by side, a slice of those of this call, to a summary of all
+            their keys that a cache has carried along, or None for heads that have none. None
+            where no cache carries any.
     """
 
     index: int
     first_key: int = 0
     unrotate: Callable[[Tensor], Tensor] | None = field(default=None, compare=False, repr=False)
     tell: Callable[[str, Tensor], None] | None = field(default=None, compare=False, repr=False)
+    pools: Callable[[slice], BlockSummary | None] | None = field(
+        default=None, compare=False, repr=False
+    )
 
 
 @runtime_checkable
@@ -95,6 +102,27 @@ class Sharded(Protocol):
     def of_shard(self, rank: int, ranks: int) -> Policy:
         """The policy of the ``rank``-th of ``ranks`` equal runs of heads, as if they were all."""
         ...
+
+
+@runtime_checkable
+class Gridded(Protocol):
+    """A policy that reads, in chunks cut at multiples of ``grid``, what it would in the whole
+    prompt; 0 where no cut does that.
+
+    A policy without it does so at any cut if it is causal, and at none otherwise.
+    """
+
+    @property
+    def grid(self) -> int:
+        """Positions between two cuts that change nothing; they count from the first token."""
+        ...
+
+
+def grid_of(policy: Any) -> int:
+    """Where a prompt can be cut without a change of what is read: multiples of it; 0 nowhere."""
+    if policy is None or policy.causal:
+        return 1
+    return policy.grid if isinstance(policy, Gridded) else 0
 
 
 def own_heads(table: Any, rank: int, ranks: int) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor
 
 from ..encoder import BlockEncoder, block_estimate
 from ..masks import BlockMask
-from ..summary import BlockSummary
-from .weights import WEIGHTS_AT_A_TIME
+from ..masks.block import block_lists
+from ..summary import NUMBERS_AT_A_TIME, BlockSummary
+
+Pools = Callable[[slice], BlockSummary | None]
+"""Of some kv heads side by side, what is known of all their keys."""
 
 
 @dataclass(frozen=True)
@@ -37,72 +41,108 @@ class BlockChoice:
         window: Tensor,
         sinks: int,
         blocks: Tensor,
+        pools: Pools | None = None,
     ) -> BlockMask:
         """Sinks and window in whole blocks, and the blocks that promise most attention.
 
         Args:
-            query, key: [b, h, q, d] and [b, g, k, d].
+            query, key: [b, h, q, d] and [b, g, k, d]; with ``pools`` the keys are not looked at.
             heads: those that choose blocks, ascending; the others read nothing.
             window: newest keys of each of them, on the host, int64 [b or 1, n].
             sinks: first keys of the tensor that are always read.
             blocks: how many each of them chooses, int64 [b or 1, n].
+            pools: what is known of the keys already, see :class:`dynmask.policies.Layer`.
         """
-        batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-        forced = self._forced(keys, queries, window.to(key.device, non_blocking=True), sinks)
-        count = blocks.to(key.device, non_blocking=True)
-        chosen = forced.expand(batch, -1, -1, -1).clone()
-        most = min(int(blocks.max()), forced.shape[-1])
-        for own, rows, scores in self._scores(query, key, heads):
-            part = chosen[:, own, rows]
-            found = scores.masked_fill_(part, float("-inf")).topk(most, -1)
+        (batch, every, queries, _), keys, size = query.shape, key.shape[2], self.block
+        offset, width = keys - queries, -(-keys // size)
+        first, stop = offset // size, (keys - 1) // size + 1
+        near, count = (x.to(key.device, non_blocking=True) for x in (window, blocks))
+        most = min(int(blocks.max()), width)
+        cap = min(most + -(-sinks // size) + (int(window.max()) - 1) // size + 2, width)
+        index = query.new_full((batch, every, stop - first, cap), -1, dtype=torch.int32)
+        longest = 0
+        for own, rows, scores in self._scores(query, key, heads, pools):
+            qb = torch.arange(first + rows.start, first + rows.stop, device=key.device)
+            chosen = self._forced(qb, offset, width, near[:, own], sinks)
+            chosen = chosen.expand(batch, -1, -1, -1).clone()
+            found = scores.masked_fill_(chosen, float("-inf")).topk(most, -1)
             rank = torch.arange(most, device=key.device)
             good = (rank < count[:, own, None, None]) & (found.values > float("-inf"))
-            good |= part.gather(-1, found.indices)
-            chosen[:, own, rows] = part.scatter(-1, found.indices, good)
-        cap = most + -(-sinks // self.block) + (int(window.max()) - 1) // self.block + 2
-        made = BlockMask.from_scores(chosen, self.block, self.block, keys, queries, cap)
-        index = made.index.new_full((batch, query.shape[1], *made.index.shape[2:]), -1)
-        index[:, heads] = made.index
-        return BlockMask(index, self.block, self.block, keys, queries, checked=True)
+            good |= chosen.gather(-1, found.indices)
+            chosen.scatter_(-1, found.indices, good)
+            lists = block_lists(chosen, size, size, keys, first + rows.start, cap)
+            longest = max(longest, lists.shape[-1])
+            index[:, heads[own], rows.start : rows.stop, : lists.shape[-1]] = lists
+        index = index[..., :longest].contiguous()  # as kernels walk through it
+        return BlockMask(index, size, size, keys, queries, checked=True)
 
-    def _forced(self, keys: int, queries: int, window: Tensor, sinks: int) -> Tensor:
-        """Blocks that are read anyway, own ones too: bool [b or 1, n, query blocks, key blocks]."""
-        offset, size = keys - queries, self.block
-        qb = torch.arange(offset // size, (keys - 1) // size + 1, device=window.device)[:, None]
-        kb = torch.arange(-(-keys // size), device=window.device)
+    def _forced(self, qb: Tensor, offset: int, width: int, window: Tensor, sinks: int) -> Tensor:
+        """Blocks that are read anyway, own ones too: bool [b or 1, n, query blocks, key blocks].
+
+        Args:
+            qb: numbers of the query blocks.
+            offset: position of the first query.
+            width: key blocks.
+            window: int64 [b or 1, n].
+            sinks: first keys that are always read.
+        """
+        size, qb = self.block, qb[:, None]
+        kb = torch.arange(width, device=window.device)
         first_row = (qb * size).clamp(min=offset)
         near = (kb + 1) * size > first_row - window[..., None, None] + 1
         return (near | (kb * size < sinks)) & (kb <= qb)
 
     def _scores(
-        self, query: Tensor, key: Tensor, heads: list[int]
-    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        self, query: Tensor, key: Tensor, heads: list[int], pools: Pools | None
+    ) -> Iterator[tuple[slice, range, Tensor]]:
         """Scores of some heads and query blocks: which of them, and [b, heads, blocks, blocks].
 
-        The heads of a kv head are scored together, and no more query blocks than memory allows.
+        No more kv heads, and no more query blocks, than memory allows.
         """
-        members, at = query.shape[1] // key.shape[1], 0
-        offset, size = key.shape[2] - query.shape[2], self.block
-        blocks = (key.shape[2] - 1) // size - offset // size + 1
-        width = -(-key.shape[2] // size)
-        for g in range(key.shape[1]):
-            some = [head for head in heads if head // members == g]
-            if not some:
-                continue
-            own, at = slice(at, at + len(some)), at + len(some)
-            q, summary = query[:, some], BlockSummary.of(key[:, g : g + 1], self.key_pool)
-            step = max(1, WEIGHTS_AT_A_TIME // (len(query) * len(some) * width))
+        members, keys, size = query.shape[1] // key.shape[1], key.shape[2], self.block
+        width = -(-keys // size)
+        blocks = (keys - 1) // size - (keys - query.shape[2]) // size + 1
+        for own, groups in _alike(heads, members, 1 if pools is None else len(heads)):
+            some = heads[own]
+            summary = None if pools is None else pools(groups)
+            if summary is None:
+                summary = BlockSummary.of(key[:, groups], self.key_pool)
+            q = query[:, some]
+            step = max(1, NUMBERS_AT_A_TIME // (len(query) * len(some) * width))
             for start in range(0, blocks, step):
-                rows = slice(start, min(start + step, blocks))
-                number = torch.arange(rows.start, rows.stop, device=query.device)
-                yield own, rows, self._score(q, summary, some, number)
+                rows = range(start, min(start + step, blocks))
+                yield own, rows, self._score(q, summary, some, rows)
 
-    def _score(
-        self, query: Tensor, summary: BlockSummary, heads: list[int], number: Tensor
-    ) -> Tensor:
+    def _score(self, query: Tensor, summary: BlockSummary, heads: list[int], rows: range) -> Tensor:
         """Logarithm of the attention that blocks are expected to get: [b, heads, n, blocks]."""
         if self.encoder is not None:
-            return self.encoder.of_heads(heads)(query, summary, query_blocks=number)
+            return self.encoder.of_heads(heads)(query, summary, query_blocks=rows)
         return block_estimate(
-            query, summary, self.block, query_pool=self.query_pool, query_blocks=number
+            query, summary, self.block, query_pool=self.query_pool, query_blocks=rows
         )
+
+
+def _alike(heads: list[int], members: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Runs of ``heads`` whose kv heads lie side by side and have equally many of them each.
+
+    Args:
+        heads: query heads, ascending.
+        members: query heads of a kv head.
+        most: kv heads of a run at most.
+
+    Returns:
+        Which of the heads, and their kv heads.
+    """
+    counts = Counter(head // members for head in heads)
+    runs: list[list[int]] = []
+    for g in counts:  # ascending, as the heads are
+        last = runs[-1] if runs else []
+        if g - 1 in last and counts[g] == counts[g - 1] and len(last) < most:
+            last.append(g)
+        else:
+            runs.append([g])
+    at = 0
+    for run in runs:
+        stop = at + counts[run[0]] * len(run)
+        yield slice(at, stop), slice(run[0], run[-1] + 1)
+        at = stop

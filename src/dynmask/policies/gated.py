@@ -222,6 +222,15 @@ class Gated:
             layer.tell("widened", factor)
         return made
 
+    @property
+    def grid(self) -> int:
+        """0 where the call decides: columns by its last queries, a share by its keys, the guard."""
+        tables = (self.columns, self.share)
+        if self.gates is not None:
+            tables = (int(self.gates.columns.max()), float(self.gates.share.max()))
+        alone = self.guard is None and self.dense_up_to == 0
+        return self.block if alone and not any(tables) else 0
+
     def choosing(self) -> Gated:
         """The policy of a call whose choice stays, with any cache."""
         if self.decode == "select":
@@ -244,6 +253,14 @@ class Gated:
         if self.gates is None:
             return [self.blocks > 0] * heads
         return (self.gates.blocks[layer] > 0).tolist()
+
+    def reads_blocks(self, layer: int, heads: int, kv_heads: int) -> list[bool]:
+        """Which kv heads of a layer read blocks, and beside them windows and sinks alone."""
+        tables = (self.windows, self.chooses, self.chooses_blocks)
+        window, chooses, blocks = (torch.tensor(table(layer, heads)) for table in tables)
+        narrow = blocks | ((window < LifetimeMask.INF) & ~chooses)
+        narrow, blocks = (x.view(kv_heads, -1) for x in (narrow, blocks))
+        return (narrow.all(-1) & blocks.any(-1)).tolist()
 
     def frees(self, layer: int, heads: int, kv_heads: int) -> list[bool]:
         """Which kv heads of a layer have keys that none of their query heads reads again."""
@@ -301,7 +318,7 @@ class Gated:
         sinks = max(self.sinks - layer.first_key, 0)
         wide = window[:, own].clamp(max=keys)
         choice = self._choice(layer.index, key.device)
-        chosen = choice.mask(query, key, own, wide, sinks, blocks[:, own])
+        chosen = choice.mask(query, key, own, wide, sinks, blocks[:, own], layer.pools)
         if len(own) == heads:
             return chosen, None
         window = window.clone()

@@ -91,6 +91,11 @@ class OracleBlocks(AnyModel):
         _check(self.name, self.top_k, self.top_p)
         check_field(self.name, "block", self.block, self.block >= 1, ">= 1")
 
+    @property
+    def grid(self) -> int:
+        """Blocks choose for themselves: see :class:`dynmask.policies.base.Gridded`."""
+        return self.block
+
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> BlockMask:
         """The blocks of every query block, by their true share of attention."""
         keys, queries = key.shape[2], query.shape[2]

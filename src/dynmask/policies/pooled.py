@@ -39,6 +39,11 @@ class Pooled(AnyModel):
         check_field(self.name, "block", self.block, self.block >= 1, ">= 1")
         check_field(self.name, "top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
 
+    @property
+    def grid(self) -> int:
+        """Blocks choose for themselves: see :class:`dynmask.policies.base.Gridded`."""
+        return self.block
+
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> BlockMask:
         """Choose key blocks for every query block and head."""
         keys, queries = key.shape[2], query.shape[2]

@@ -43,6 +43,11 @@ class Quest(AnyModel):
         check_field(self.name, "budget", self.budget, fits, f">= {self.page}, the keys of a page")
         check_field(self.name, "dense_layers", self.dense_layers, self.dense_layers >= 0, ">= 0")
 
+    @property
+    def grid(self) -> int:
+        """Pages are ranked whole: see :class:`dynmask.policies.base.Gridded`."""
+        return self.page
+
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, layer: Layer
     ) -> BlockMask | LifetimeMask:

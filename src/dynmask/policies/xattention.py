@@ -44,6 +44,11 @@ class XAttention(AnyModel):
         in_range = 0 < self.threshold <= 1
         check_field(self.name, "threshold", self.threshold, in_range, "in (0, 1]")
 
+    @property
+    def grid(self) -> int:
+        """Blocks choose for themselves: see :class:`dynmask.policies.base.Gridded`."""
+        return self.block
+
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> BlockMask:
         """Choose key blocks for every query block and head."""
         keys, queries = key.shape[2], query.shape[2]
