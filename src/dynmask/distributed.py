@@ -27,6 +27,7 @@ from .masks.part import part_of
 
 if TYPE_CHECKING:
     from .integrations.context import context_parallel
+    from .integrations.share import share_heads
 
 # Newer names of the same collectives, where torch has them.
 _all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(
@@ -467,11 +468,15 @@ def own_rank(split: Split, group: dist.ProcessGroup | None) -> int:
 
 def __getattr__(name: str) -> object:
     """Load what needs transformers when it is first asked for."""
-    if name != "context_parallel":
-        raise AttributeError(f"module 'dynmask.distributed' has no attribute {name!r}")
-    from .integrations.context import context_parallel
+    if name == "context_parallel":
+        from .integrations.context import context_parallel
 
-    return context_parallel
+        return context_parallel
+    if name == "share_heads":
+        from .integrations.share import share_heads
+
+        return share_heads
+    raise AttributeError(f"module 'dynmask.distributed' has no attribute {name!r}")
 
 
-__all__ = ["Split", "context_attention", "context_parallel", "gather"]
+__all__ = ["Split", "context_attention", "context_parallel", "gather", "share_heads"]

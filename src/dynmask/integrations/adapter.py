@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..attention import attention
 from ..cache import Live
+from ..errors import bad
 from ..masks import LifetimeMask, Mask, MixedMask, PlacedMask
 from ..policies import Causal, Gated, Layer
 from ..policies.base import evicts
@@ -118,6 +119,8 @@ class Adapter:
             call = call._replace(rotary=None)
         where = self._placement(attention_mask, query, key, sliding_window)
         index = int(module.layer_idx)  # type: ignore[arg-type]
+        if attention_mask is None and index == self._first_layer:
+            check_one_sequence(kwargs.get("position_ids"), query.shape[2])
         site = Site(module, index, policy, where, scale, s_aux, call)
         if self._context is not None:
             out = self._in_context(self._context, site, query, key, value)
@@ -358,6 +361,17 @@ class Adapter:
             where = Placement.from_bool(mask, batch, queries, keys, sliding_window)
         self._placements[name] = weakref.ref(mask), where
         return where
+
+
+def check_one_sequence(positions: Tensor | None, queries: int) -> None:
+    """Raise ValueError where positions restart and no mask says which sequences there are."""
+    if positions is None or positions.shape[-1] != queries or queries == 1:
+        return
+    if bool((positions.diff(dim=-1) != 1).any()):
+        raise bad(
+            "position_ids", "one sequence in each row where there is no mask", "several, packed",
+            "Pass sequences one by one (DeepSpeed Ulysses drops the mask that tells them apart).",
+        )  # fmt: skip
 
 
 def drops_keys(policy: Any) -> bool:
