@@ -11,10 +11,17 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache, StaticCache
 
 import dynmask
 from dynmask import LifetimeMask, Mask
-from dynmask.distributed import Split, context_attention, context_parallel, gather
+from dynmask.distributed import (
+    Split,
+    context_attention,
+    context_parallel,
+    gather,
+    last_position,
+)  # fmt: skip
 from dynmask.masks.base import repeat_heads
 from dynmask.masks.part import part_of
 from dynmask.policies import Causal, Elastic, Gated, Retained, SnapKV, Streaming, VerticalSlash
@@ -268,6 +275,7 @@ def model_cases(cases):
                 dist.all_reduce(grad)
                 cases.same(found, split.take(expected, rank, 1))
                 cases.same(grad, truth)
+    decoded_cases(cases, models, MODELS | {"retained": retained}, ids, forward)
     model, split = models[""], Split.over(None, LENGTH)
     with dynmask.sparsify(model, Streaming(sinks=2, window=9)) as run:
         with cases.case("refuses: padding"), context_parallel(run, split):
@@ -281,6 +289,44 @@ def model_cases(cases):
         twice = context_parallel(run, split), context_parallel(run, split)
         with cases.case("refuses: twice"), twice[0], twice[1]:
             pass
+
+
+@torch.no_grad()
+def decoded_cases(cases, models, policies, ids, forward):
+    """The tokens that follow a prompt which was read in parallel, and the cache they come from."""
+    for name, policy in policies.items():
+        model = models["mistral " if name == "streaming" else ""]
+        split = Split.over(None, LENGTH, balanced=name != "gated")
+        with cases.case(f"decoded {name}"), dynmask.sparsify(model, policy) as run:
+            kept, cache = (DynamicCache(config=model.config) for _ in range(2))
+            more = {"max_new_tokens": 7, "do_sample": False, "return_dict_in_generate": True}
+            expected = model.generate(ids, past_key_values=kept, **more).sequences
+            with context_parallel(run, split, cache=cache):
+                logits = forward(model, split, logits_to_keep=1)
+            token = last_position(logits, split).argmax(-1)
+            more["max_new_tokens"] -= 1
+            whole = torch.cat([ids, token], 1)
+            found = model.generate(whole, past_key_values=cache, **more).sequences
+            assert torch.equal(found, expected)
+            for own, other in zip(cache.layers, kept.layers, strict=True):
+                cases.same(own.keys, other.keys)
+                cases.same(own.values, other.values)
+    model, split = models[""], Split.over(None, LENGTH)
+    cache = DynamicCache(config=model.config)
+    with dynmask.sparsify(model, Causal()) as run:
+        if cases.rank == 0:  # a rank may leave the others alone with what follows
+            with context_parallel(run, split, cache=cache):
+                forward(model, split)
+        else:
+            with context_parallel(run, split):
+                forward(model, split)
+        with cases.case("decoded on one rank"):
+            assert cache.get_seq_length() == (0 if cases.rank else LENGTH)
+        if cases.rank:
+            cache.update(*[torch.zeros(1, 2, 1, 16)] * 2, 0)
+        for what, other in {"kind": StaticCache(model.config, 64), "tokens": cache}.items():
+            with cases.case(f"refuses: cache {what}"), context_parallel(run, split, cache=other):
+                pass
 
 
 def tensor_cases(cases, folder):
@@ -382,7 +428,7 @@ def found(tmp_path_factory):
 def test_two_ranks_are_one_process(found):
     for cases in found:
         results = {k: v for k, v in cases.items() if not k.startswith("refuses")}
-        assert len(results) == 51
+        assert len(results) == 59
         wrong = {k: v for k, v in results.items() if not isinstance(v, float) or v > TOLERANCE}
         assert not wrong
 
@@ -398,6 +444,8 @@ REFUSALS = {
     "padding": ("without padding, received padded", "a refusal by rank 0"),
     "tokens": ("18 positions of rank 0.*9 queries", "19 positions of rank 1.*9 queries"),
     "cache": ("and no cache",) * 2,
+    "cache kind": ("cache: expected an empty DynamicCache, received StaticCache",) * 2,
+    "cache tokens": ("cache: expected an empty DynamicCache, received one with tokens",) * 2,
     "twice": ("run: expected one in effect, not in a context yet",) * 2,
     "scores of all values": ("PairScore.*received ValueScore",) * 2,
 }

@@ -125,6 +125,35 @@ def gather(
     return _Gather.apply(split, group, dim % x.dim(), x)[0]
 
 
+def last_position(
+    x: Tensor, split: Split, group: dist.ProcessGroup | None = None, dim: int = 1
+) -> Tensor:
+    """What the last position of the whole sequence holds, on every rank.
+
+    Of the logits of a prompt it is what the next token is chosen by. Without gradients.
+
+    Args:
+        x: positions of this rank along ``dim``, or its last one alone (``logits_to_keep=1``);
+            other sizes are alike on all ranks, and no rank is without positions.
+        split: who holds what.
+        group: the processes; the default group when None.
+        dim: the dimension of positions.
+
+    Returns:
+        ``x`` with one position in ``dim``.
+
+    Raises:
+        ValueError: no process group, a split for other ranks, or no position.
+    """
+    own_rank(split, group)
+    if x.dim() == 0 or not x.shape[dim]:
+        raise bad("tensor", f"a position in dimension {dim}", tuple(x.shape))
+    ends = [split.ranges(rank)[-1:] for rank in range(split.ranks)]
+    holder = next(rank for rank, end in enumerate(ends) if end and end[0][1] == split.length)
+    own = x.detach().narrow(dim, x.shape[dim] - 1, 1)
+    return gather(own, Split(split.ranks, split.ranks), group, dim).narrow(dim, holder, 1)
+
+
 @overload
 def context_attention(
     query: Tensor,
@@ -479,4 +508,11 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module 'dynmask.distributed' has no attribute {name!r}")
 
 
-__all__ = ["Split", "context_attention", "context_parallel", "gather", "share_heads"]
+__all__ = [
+    "Split",
+    "context_attention",
+    "context_parallel",
+    "gather",
+    "last_position",
+    "share_heads",
+]

@@ -201,6 +201,7 @@ class Adapter:
         with torch.no_grad():
             every = context.all(query)
         k, v = context.all(key), context.all(value)
+        context.keep(site.index, k, v)
         hear = partial(self._hear, site, "prefill")
         layer = Layer(site.index, 0, context.unrotate(unrotate, key), hear)
         mask, bias = self._ask(site, "prefill", layer, every, k, v)
