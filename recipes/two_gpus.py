@@ -40,6 +40,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 import dynmask
 from benchmarks.generator import CARD, LLAMA_1B, RESULTS, TINY, Shape, wait
 from benchmarks.headline import record, rows_of, write_rows

@@ -126,8 +126,7 @@ def attention(
     if _is_dtensor(query):
         from .sharded import attend
 
-        how: tuple[Any, ...] = (factor, return_lse, impl, deterministic)
-        return attend(query, key, value, mask, bias, *how)
+        return attend(query, key, value, mask, bias, factor, return_lse, impl, deterministic)
     if impl == "auto":
         impl = choose(query, mask, bias, return_lse, (key, value)).impl
     if impl == "triton":

@@ -25,6 +25,7 @@ from .kernels.autograd import gradients
 from .masks import Mask
 from .masks.flat import dims_of, flatten, has_batch, unflatten
 from .masks.mixed import MixedMask
+from .plan import Plan
 
 BATCH, HEADS = 0, 1
 IMPLS = ("auto", "cpu", "triton")
@@ -34,7 +35,7 @@ def attend(
     query: Any,
     key: Any,
     value: Any,
-    mask: Mask,
+    mask: Mask | Plan,
     bias: Any,
     scale: float,
     return_lse: bool,
@@ -129,8 +130,9 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     mask = unflatten(parts, form)
     return attention(
-        query, key, value, mask, bias, scale, True, impl=impl, deterministic=deterministic
-    )
+        query, key, value, mask, bias, scale, return_lse=True, impl=impl,
+        deterministic=deterministic,
+    )  # fmt: skip
 
 
 @_attention.register_fake
@@ -164,9 +166,9 @@ def _attention_backward(
     sums: list[Tensor] = []
     for number, part in enumerate(mask.parts):
         other = ~mask.own(number)[:, None]
-        result = attention(query, key, value, part, bias, scale, True, impl=impl)
+        out, lse = attention(query, key, value, part, bias, scale, return_lse=True, impl=impl)
         wanted = out_grad.masked_fill(other[..., None], 0), lse_grad.masked_fill(other, 0)
-        found = _gradients(query, key, value, bias, part, *result, *wanted, *how)
+        found = _gradients(query, key, value, bias, part, out, lse, *wanted, *how)
         sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else list(found)
     return tuple(sums)  # type: ignore[return-value]
 
@@ -195,7 +197,8 @@ def _(
     lse_grad: Tensor, bias: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     of_bias = query.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return (*(x.new_empty(x.shape) for x in (query, key, value)), of_bias)
+    of_query, of_key, of_value = (x.new_empty(x.shape) for x in (query, key, value))
+    return of_query, of_key, of_value, of_bias
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
