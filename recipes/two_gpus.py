@@ -49,6 +49,7 @@ from dynmask.distributed import Split, context_attention, context_parallel, gath
 from dynmask.evals.memory import PeakMemory
 from dynmask.evals.provenance import machine
 from dynmask.policies import Elastic, Gated, Layer, Streaming, VerticalSlash
+from dynmask.policies.base import Glancing
 from recipes.million import QUARTER, policy_of
 
 GOAL = 1.7
@@ -198,12 +199,15 @@ def shares_of(rank: Rank, policy: Any, shape: Shape, split: Split) -> Row:
         return torch.randn(1, heads, positions, shape.dim, device=rank.device, dtype=dtype)
 
     size = split.size(rank.index)
-    own = [drawn(n, size) for n in (shape.heads, shape.groups, shape.groups)]
+    own = [drawn(shape.groups, size) for _ in range(2)]
+    query, glances = drawn(shape.heads, split.length), isinstance(policy, Glancing)
+    if not glances or policy.rows_read(split.length, 0) is None:  # queries are gathered as well
+        own.append(drawn(shape.heads, size))
 
     def gathered() -> list[Tensor]:
         return [gather(x, split) for x in own]
 
-    query, key, value = gathered()
+    key, value = gathered()[:2]
     seconds = min(rank.timed(gathered) for _ in range(3))
 
     def chosen() -> None:
@@ -213,7 +217,7 @@ def shares_of(rank: Rank, policy: Any, shape: Shape, split: Split) -> Row:
     chosen()
     return {
         "gather_s": shape.layers * seconds,
-        "gather_bytes": shape.layers * sum(x.nbytes for x in (query, key, value)),
+        "gather_bytes": shape.layers * rank.ranks * sum(x.nbytes for x in own),
         "choice_s": min(rank.timed(chosen) for _ in range(3)),
     }
 

@@ -15,7 +15,7 @@ from ..cache import Live
 from ..errors import bad
 from ..masks import LifetimeMask, Mask, MixedMask, PlacedMask
 from ..policies import Causal, Gated, Layer
-from ..policies.base import evicts
+from ..policies.base import Glancing, evicts
 from .cache import BoundedCache
 from .calls import NO_CALL, Call, take_call
 from .checks import check_call
@@ -57,6 +57,11 @@ class Adapter:
         self._placements: dict[tuple[int, ...], tuple[weakref.ref[Tensor], Placement]] = {}
         self._context: Context | None = None
         self._first_layer = 0
+
+    @property
+    def measures_mass(self) -> bool:
+        """Whether the true attention is computed for some rows."""
+        return False
 
     # what a run and converted models do differently
 
@@ -198,8 +203,10 @@ class Adapter:
         rows = slice(0, len(query)), slice(0, query.shape[2])
         unrotate = unrotate_of(site.module, site.call, *rows, 0)
         site = site._replace(where=where)
+        looks = isinstance(site.policy, Glancing) and not self.measures_mass
+        seen = site.policy.rows_read(context.split.length, site.index) if looks else None
         with torch.no_grad():
-            every = context.all(query)
+            every = context.looked_at(query, seen)
         k, v = context.all(key), context.all(value)
         context.keep(site.index, k, v)
         hear = partial(self._hear, site, "prefill")

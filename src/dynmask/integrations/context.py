@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,10 +44,10 @@ def context_parallel(
             ).logits  # of the rank's positions
         logits = gather(logits, split, group, dim=1)  # of all, where they are wanted
 
-    Queries, keys and values are gathered in each layer, the policy is asked about the whole
-    sequence on every rank, and the rank's rows are lowered and computed. So the choice is that of
-    one process, forward and backward. Measurements of the run are those of the whole sequence,
-    the same on all ranks.
+    Keys and values are gathered in each layer, and those queries that the policy looks at. It is
+    asked about the whole sequence on every rank, and the rank's rows are lowered and computed. So
+    the choice is that of one process, forward and backward. Measurements of the run are those of
+    the whole sequence, the same on all ranks.
 
     For the forward over a prompt, without padding or packing, and without a cache to continue
     from: batch rows are sequences of equal length. Every rank has at least one position.
@@ -113,12 +113,43 @@ class Context:
         rank: of this process.
         group: the processes.
         cache: keeps the keys and values of the whole sequence; None where nobody wants them.
+        memo: what layers share.
     """
 
     split: Split
     rank: int
     group: dist.ProcessGroup | None
     cache: DynamicCache | None = None
+    memo: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+
+    def looked_at(self, query: Tensor, rows: list[int] | None) -> Tensor:
+        """All positions of queries [b, h, positions, d] of which only ``rows`` are looked at.
+
+        The others are 0 and are not sent: keys and values are small beside the queries of several
+        heads to a group.
+        """
+        if rows is None:
+            return self.all(query)
+        batch, heads, _, dim = query.shape
+        every = query.new_zeros(batch, heads, self.split.length, dim)
+        if rows:
+            place, mine, own = self._places(tuple(rows), query.device)
+            few = query.new_zeros(batch, heads, len(rows), dim)
+            few[:, :, mine] = query[:, :, own]
+            dist.all_reduce(few, group=self.group)  # each row has one holder
+            every[:, :, place] = few
+        return every
+
+    def _places(self, rows: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+        """Rows of the sequence; which of them are this rank's, and where it has them."""
+        if rows not in self.memo:
+            every = torch.tensor(rows)
+            positions = self.split.positions(self.rank)
+            own = torch.searchsorted(positions, every).clamp(max=len(positions) - 1)
+            mine = (positions[own] == every).nonzero().flatten()
+            found = every, mine, own[mine]
+            self.memo[rows] = tuple(x.to(device) for x in found)
+        return self.memo[rows]
 
     def keep(self, index: int, key: Tensor, value: Tensor) -> None:
         """Put all positions' keys and values [b, g, length, d] of a layer into the cache."""
