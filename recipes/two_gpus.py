@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -335,7 +336,7 @@ def model_row(rank: Rank, model: Any, policy: Any, ids: Tensor) -> Row:
     """Logits and the gradients of all weights, against one process."""
     split = Split.over(None, ids.shape[1], balanced=True)
     weights = [x for x in model.parameters() if x.requires_grad]
-    with dynmask.sparsify(model, policy) as run:
+    with dynmask.sparsify(model, policy, impl="reference") as run:  # kernels know no float64
         logits = model(ids, use_cache=False).logits
         target = torch.randn(logits.shape, dtype=logits.dtype, generator=torch.Generator()
                              .manual_seed(5)).to(ids.device)  # fmt: skip
@@ -381,7 +382,7 @@ def tensor(rank: Rank) -> None:
     for name, policy in choices(shape).items():
         results = []
         for model in (one, split):
-            with torch.no_grad(), dynmask.sparsify(model, policy):
+            with torch.no_grad(), dynmask.sparsify(model, policy, impl="reference"):
                 logits = model(ids, use_cache=False).logits
                 text = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
             results.append((logits, text))
@@ -467,12 +468,14 @@ def processes(args: argparse.Namespace, stage: str, ranks: int) -> Iterator[list
         for name in ("commit", "card"):
             if getattr(args, name):
                 command += [f"--{name}", str(getattr(args, name))]
-        started = []
+        started: list[Any] = []
         try:
             for index in range(ranks):
                 own = {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(ranks)}
                 environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ, **own}
                 environment.setdefault("OMP_NUM_THREADS", "4" if torch.cuda.is_available() else "1")
+                if "lo" in (name for _, name in socket.if_nameindex()):  # all on this machine
+                    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
                 started.append(subprocess.Popen(command, env=environment))
             yield started
         finally:
