@@ -9,8 +9,8 @@
 ``gated``, ``vertical_slash`` and ``streaming`` read 262,144 tokens by a Llama-3.2-1B shape with
 random weights, on one GPU and by context parallelism on all of them, in turn, choice, lowering and
 gathering inside the time. ``equal`` compares context parallelism with one process, forward and
-backward, ``tensor`` does the same for ``tp_plan="auto"``. ``dense`` is the model's own attention
-(SDPA) on one GPU. ``streaming`` and ``dense`` run only where they are asked for.
+backward, ``tensor`` does the same for ``tp_plan="auto"`` and DTensors. ``dense`` is the model's
+own attention (SDPA) on one GPU. ``streaming`` and ``dense`` run only where they are asked for.
 
 Each stage has processes of its own: when one fails, the others of its stage are ended with a
 message, and the next stage begins. Rows go to ``two_gpus.jsonl`` as soon as they are known and
@@ -248,9 +248,7 @@ def masks(keys: int, heads: int, groups: int, device: torch.device) -> dict[str,
 
 def equal(rank: Rank) -> None:
     """Context parallelism is one process: masks that are given, then models that choose."""
-    for dtype in (torch.float32,) if rank.device.type == "cpu" else (torch.float32, torch.bfloat16):
-        for name, row in mask_rows(rank, dtype):
-            report(rank, f"masks {name} {str(dtype).removeprefix('torch.')}", row)
+    wrong = [*compare_masks(rank, "context", in_context)]
     shape = TINY if rank.smoke else SMALL
     tokens = 203 if rank.smoke else 2_049
     model = shape.model(rank.device, tokens).double()
@@ -258,57 +256,90 @@ def equal(rank: Rank) -> None:
         3, shape.vocabulary, (2, tokens), generator=torch.Generator().manual_seed(3)
     )
     for name, policy in choices(shape).items():
-        report(rank, f"model {name} float64", model_row(rank, model, policy, ids.to(rank.device)))
+        row = model_row(rank, model, policy, ids.to(rank.device))
+        wrong += report(rank, f"model {name} float64", row)
+    refuse(wrong)
 
 
-def report(rank: Rank, variant: str, row: Row) -> None:
-    """Write a comparison; RuntimeError on every process where it failed on one."""
+def report(rank: Rank, variant: str, row: Row) -> list[str]:
+    """Write a comparison; its name where it failed on a process."""
     row["ranks_apart"] = rank.most(row["ranks_apart"])
     row["equal"] = row["ranks_apart"] <= row["tolerance"]
     if not rank.index:
         rank.write({"case": "equal to one process", "variant": variant, "gpus": rank.ranks, **row})
-    if not row["equal"]:
-        raise RuntimeError(
-            f"{variant}: expected {rank.ranks} processes within {row['tolerance']:.2e} of one, "
-            f"received {row['ranks_apart']:.2e}"
-        )
+    return [] if row["equal"] else [variant]
 
 
-def mask_rows(rank: Rank, dtype: torch.dtype) -> Iterator[tuple[str, Row]]:
-    """Outputs and gradients under given masks.
+def refuse(wrong: list[str]) -> None:
+    """Raise RuntimeError where comparisons failed."""
+    if wrong:
+        raise RuntimeError(f"expected the results of one process, received others: {wrong}")
+
+
+def compare_masks(
+    rank: Rank, what: str, shared: Callable[..., tuple[list[Tensor], Callable[[Tensor], Tensor]]]
+) -> Iterator[str]:
+    """Outputs and gradients under given masks; the names of what differs.
 
     Several processes may be as far from float64 as one is, and a rounding of each result and of
     the sum of gradients more: three times one's own distance, in units of the largest number.
+
+    Args:
+        rank: the process.
+        what: is compared.
+        shared: from the process, the tensors and a mask, its own results and what takes as much
+            of one process's.
     """
     keys, heads, groups, dim = (203, 4, 2, 16) if rank.smoke else (2_049, 16, 8, 64)
-    split = Split.over(None, keys, balanced=True)
-    g = torch.Generator().manual_seed(4)
-    shapes = [(1, n, keys, dim) for n in (heads, groups, groups, heads)]
-    tensors = [torch.randn(*s, generator=g).to(rank.device, dtype) for s in shapes]
+    for dtype in (torch.float32,) if rank.device.type == "cpu" else (torch.float32, torch.bfloat16):
+        g = torch.Generator().manual_seed(4)
+        shapes = [(1, n, keys, dim) for n in (heads, groups, groups, heads)]
+        tensors = [torch.randn(*s, generator=g).to(rank.device, dtype) for s in shapes]
+        for name, mask in masks(keys, heads, groups, rank.device).items():
+            wide = [x.double() for x in tensors]
+            truth = results(dynmask.attention, wide, mask, impl="reference")
+            one = results(dynmask.attention, tensors, mask)
+            found, cut = shared(rank, tensors, mask)
+            of_one = furthest(one, truth, truth)
+            apart = furthest(found, [cut(x) for x in truth], truth)
+            row = {"ranks_apart": apart, "one_apart": of_one, "tolerance": 3 * of_one}
+            kind = str(dtype).removeprefix("torch.")
+            yield from report(rank, f"{what} {name} {kind}", row | {"against": "float64"})
 
-    def results(
-        call: Callable[..., Any], given: list[Tensor], *how: Any, impl: str = "auto"
-    ) -> list[Tensor]:
-        q, k, v = (x.clone().requires_grad_() for x in given[:3])
-        out = call(q, k, v, *how, impl=impl)
-        out.backward(given[3])
-        return [x.detach().double() for x in (out, q.grad, k.grad, v.grad)]
 
-    for name, mask in masks(keys, heads, groups, rank.device).items():
-        truth = results(dynmask.attention, [x.double() for x in tensors], mask, impl="reference")
-        one = results(dynmask.attention, tensors, mask)
-        own = [split.take(x, rank.index) for x in tensors]
-        found = results(context_attention, own, mask, split)
-        largest = [float(x.abs().max()) for x in truth]
-        of_one = max(
-            float((x - y).abs().max()) / z for x, y, z in zip(one, truth, largest, strict=True)
-        )
-        apart = max(
-            float((x - split.take(y, rank.index)).abs().max()) / z
-            for x, y, z in zip(found, truth, largest, strict=True)
-        )
-        yield name, {"ranks_apart": apart, "one_apart": of_one, "tolerance": 3 * of_one,
-                     "against": "float64"}  # fmt: skip
+def results(call: Callable[..., Any], given: list[Any], *how: Any, impl: str = "auto") -> list[Any]:
+    """Output and gradients of a call, in float64."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in given[:3])
+    out = call(q, k, v, *how, impl=impl)
+    out.backward(given[3])
+    return [x.detach().double() for x in (out, q.grad, k.grad, v.grad)]
+
+
+def furthest(found: list[Tensor], truth: list[Tensor], whole: list[Tensor]) -> float:
+    """The largest difference, in units of the largest number of each tensor."""
+    return max(
+        float((x - y).abs().max() / z.abs().max())
+        for x, y, z in zip(found, truth, whole, strict=True)
+    )
+
+
+def in_context(rank: Rank, tensors: list[Tensor], mask: Mask) -> Any:
+    """Attention of this process's positions."""
+    split = Split.over(None, mask.keys, balanced=True)
+    own = [split.take(x, rank.index) for x in tensors]
+    found = results(context_attention, own, mask, split)
+    return found, lambda x: split.take(x, rank.index)
+
+
+def in_shards(rank: Rank, tensors: list[Tensor], mask: Mask) -> Any:
+    """Attention of DTensors whose heads are shared."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh(rank.device.type, (rank.ranks,))
+    own = [distribute_tensor(x, mesh, [Shard(1)]) for x in tensors]
+    found = results(dynmask.attention, own, mask)
+    return [x.full_tensor() for x in found], lambda x: x
 
 
 def choices(shape: Shape) -> dict[str, Any]:
@@ -358,7 +389,7 @@ def model_row(rank: Rank, model: Any, policy: Any, ids: Tensor) -> Row:
 
 
 def tensor(rank: Rank) -> None:
-    """``tp_plan="auto"``: logits and generated tokens of one process."""
+    """``tp_plan="auto"``: logits and tokens of one process; attention of DTensors."""
     from transformers import AutoModelForCausalLM
 
     shape = TINY if rank.smoke else SMALL
@@ -379,19 +410,21 @@ def tensor(rank: Rank) -> None:
         one = load(folder, dtype=torch.float64).to(rank.device).eval()
         split = load(folder, dtype=torch.float64, tp_plan="auto").eval()
         rank.barrier()
+    wrong: list[str] = []
     for name, policy in choices(shape).items():
-        results = []
+        both = []
         for model in (one, split):
             with torch.no_grad(), dynmask.sparsify(model, policy, impl="reference"):
                 logits = model(ids, use_cache=False).logits
                 text = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-            results.append((logits, text))
-        (truth, text), (found, same) = results
+            both.append((logits, text))
+        (truth, text), (found, same) = both
         row = {"ranks_apart": float((found - truth).abs().max()), "against": "one process",
                "tolerance": tolerance_of(truth), "compared": "logits and 4 tokens"}  # fmt: skip
         if not torch.equal(text, same):
             row["ranks_apart"] = float("inf")
-        report(rank, f"tensor parallel {name} float64", row)
+        wrong += report(rank, f"tensor parallel {name} float64", row)
+    refuse([*wrong, *compare_masks(rank, "dtensor", in_shards)])
 
 
 # ------------------------------------------------------------------------------------ the processes

@@ -286,6 +286,10 @@ def model_cases(cases):
             model(ids[:, :9], use_cache=False)
         with cases.case("refuses: cache"), context_parallel(run, split):
             forward(model, split, past_key_values=dynmask.BoundedCache(run), use_cache=True)
+        model.config.num_hidden_layers += 1  # as if one had no attention
+        with cases.case("refuses: hybrid"), context_parallel(run, split):
+            pass
+        model.config.num_hidden_layers -= 1
         twice = context_parallel(run, split), context_parallel(run, split)
         with cases.case("refuses: twice"), twice[0], twice[1]:
             pass
@@ -446,6 +450,7 @@ REFUSALS = {
     "cache": ("and no cache",) * 2,
     "cache kind": ("cache: expected an empty DynamicCache, received StaticCache",) * 2,
     "cache tokens": ("cache: expected an empty DynamicCache, received one with tokens",) * 2,
+    "hybrid": ("model: expected attention in each of 3 layers, received attention in 2",) * 2,
     "twice": ("run: expected one in effect, not in a context yet",) * 2,
     "scores of all values": ("PairScore.*received ValueScore",) * 2,
 }

@@ -15,7 +15,9 @@ GLANCING = {
     "guarded": Gated(
         sinks=2, window=3, columns=2, last=4, guard=0.05, promise=torch.linspace(0, 1, 8).view(2, 4)
     ),
-    "blocks": Gated(sinks=2, window=5, columns=0, blocks=1, block=4, query_pool=2, key_pool=2),
+    "blocks": Gated(
+        sinks=2, window=5, columns=0, blocks=1, last=4, block=4, query_pool=2, key_pool=2
+    ),
 }
 
 

@@ -97,6 +97,15 @@ def sharded_cases(cases, _):
         bias, mask = drawn(1, GROUPS, LENGTH), top_w(LENGTH, LENGTH)
         out = dynmask.attention(shared(q, 1), *[shared(k, 1)] * 2, mask, bias)
         cases.same(out.full_tensor(), dynmask.attention(q, k, k, mask, bias))
+    for number, what in enumerate(("out", "lse")):
+        with cases.case(f"gradient of {what} alone"):
+            results = []
+            for place in (lambda x, _: x.clone(), shared):
+                own = [place(x, 1).detach().requires_grad_() for x in (q, k, k)]
+                dynmask.attention(*own, mask, return_lse=True)[number].sum().backward()
+                results.append([x.grad for x in own[: 3 - number]])
+            for x, y in zip(*results, strict=True):
+                cases.same(y.full_tensor(), x)
     refusals(cases, shared)
 
 
@@ -127,7 +136,7 @@ def found(tmp_path_factory):
 def test_two_ranks_are_one_process(found):
     for cases in found:
         results = {k: v for k, v in cases.items() if not k.startswith("refuses")}
-        assert len(results) == 3 * (len(MASKS) + len(BIASES))
+        assert len(results) == 3 * (len(MASKS) + len(BIASES)) + 2
         assert not {k: v for k, v in results.items() if not isinstance(v, float) or v > TOLERANCE}
 
 

@@ -57,14 +57,16 @@ def test_stages_that_have_no_time_left_are_said(tmp_path, capsys, monkeypatch):
     assert "gated: not begun" in capsys.readouterr().out
 
 
-def test_a_difference_is_written_and_raised():
+def test_a_difference_is_written_and_raised_at_the_end():
     rows = []
     rank = two_gpus.Rank(0, 1, torch.device("cpu"), None, True, rows.append)
     object.__setattr__(rank, "most", lambda value: value)
-    two_gpus.report(rank, "a", {"ranks_apart": 0.5, "tolerance": 1.0})
-    with pytest.raises(RuntimeError, match=r"expected 1 processes within 1.00e\+00 .* 2.00e\+00"):
-        two_gpus.report(rank, "b", {"ranks_apart": 2.0, "tolerance": 1.0})
+    assert two_gpus.report(rank, "a", {"ranks_apart": 0.5, "tolerance": 1.0}) == []
+    assert two_gpus.report(rank, "b", {"ranks_apart": 2.0, "tolerance": 1.0}) == ["b"]
     assert [row["equal"] for row in rows] == [True, False]
+    two_gpus.refuse([])
+    with pytest.raises(RuntimeError, match=r"received others: \['b'\]"):
+        two_gpus.refuse(["b"])
 
 
 def test_the_headline_is_of_gpus_and_of_this_commit(tmp_path, capsys):

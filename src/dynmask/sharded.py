@@ -205,10 +205,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     query, key, value, bias, parts, *rest = inputs
     ctx.save_for_backward(query, key, value, *output, bias, *parts)
     ctx.rest = rest
+    ctx.set_materialize_grads(False)  # they would be no DTensors
 
 
 def _backward(ctx: Any, out_grad: Tensor | None, lse_grad: Tensor | None) -> tuple[Any, ...]:
     query, key, value, out, lse, bias, *parts = ctx.saved_tensors
+    if out_grad is None and lse_grad is None:
+        return None, None, None, None, [None] * len(parts), *[None] * len(ctx.rest)
     found = torch.ops.dynmask.attention_backward(
         query, key, value, out, lse,
         torch.zeros_like(out) if out_grad is None else out_grad,
