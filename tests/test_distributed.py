@@ -4,11 +4,6 @@ Both ranks are started once; each compares its own part with one process's resul
 and writes the largest difference, or the error it met, under the case's name.
 """
 
-import json
-import os
-from contextlib import contextmanager
-from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -16,78 +11,37 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.multiprocessing.spawn import spawn
+from transformers import DynamicCache, StaticCache
 
 import dynmask
-from dynmask import BlockMask, LifetimeMask, Mask, PlacedMask, StructuralMask, spans_left_padded
-from dynmask.distributed import Split, context_attention, context_parallel, gather
-from dynmask.masks import MixedMask, UnionMask
+from dynmask import LifetimeMask, Mask
+from dynmask.distributed import (
+    Split,
+    context_attention,
+    context_parallel,
+    gather,
+    last_position,
+)  # fmt: skip
 from dynmask.masks.base import repeat_heads
 from dynmask.masks.part import part_of
 from dynmask.policies import Causal, Elastic, Gated, Retained, SnapKV, Streaming, VerticalSlash
 from dynmask.policies.base import Layer
 from dynmask.policies.gates import Gates
 from tests.policies import POLICIES
-
-RANKS, LENGTH, BATCH, HEADS, GROUPS, DIM = 2, 37, 2, 4, 2, 8
-TOLERANCE = 2e-5
-INF = LifetimeMask.INF
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-# masks of every kind, over all positions or the last of them
-
-
-def structural(keys, queries, limit=None):
-    diagonals = torch.tensor([[0, 1, 5, -1], [2, 3, 4, 30], [1, -1, -1, -1], [7, 9, 11, -1]]).int()
-    verticals = torch.tensor([[0, 3], [1, 35], [2, -1], [0, 20]]).int()
-    true_mask = drawn(HEADS, 9, 9, seed=3) > 0
-    return StructuralMask(
-        diagonals[None], verticals[None], keys, queries, true_mask=true_mask, limit=limit
-    )
-
-
-def blocks(keys, queries, limit=None):
-    first = (keys - queries) // 8
-    chosen = drawn(BATCH, HEADS, (keys - 1) // 8 - first + 1, -(-keys // 4), seed=4) > 0.3
-    return replace(BlockMask.from_scores(chosen, 8, 4, keys, queries), limit=limit)
-
-
-def placed(keys, queries):
-    lengths = [29, keys]
-    spans = tuple(spans_left_padded(lengths, keys, queries))
-    masks = []
-    for length, span in zip(lengths, spans, strict=True):
-        rows = span.query_stop - span.query_start
-        scores = drawn(1, HEADS, length, seed=length)
-        masks.append(LifetimeMask.top_w(scores, 6, rows))
-    return PlacedMask(tuple(masks), spans, BATCH, queries, keys)
-
-
-def top_w(keys, queries):
-    return LifetimeMask.top_w(drawn(BATCH, GROUPS, keys, seed=5), 7, queries)
-
-
-def mixed(keys, queries):
-    return MixedMask((blocks(keys, queries), LifetimeMask.window(keys, 5, queries)), (0, 1, 1, 0))
-
-
-MASKS = {
-    "causal": lambda n, q: LifetimeMask.causal(n, q),
-    "streaming": lambda n, q: LifetimeMask.streaming(n, 2, 9, q),
-    "top_w": top_w,
-    "empty_rows": lambda n, q: LifetimeMask(drawn(1, HEADS, n).gt(0).int() * n, q),
-    "structural": structural,
-    "structural_limit": lambda n, q: structural(n, q, LifetimeMask.window(n, 11, q)),
-    "block": blocks,
-    "block_limit": lambda n, q: blocks(n, q, LifetimeMask.window(n, 6, q)),
-    "union": lambda n, q: UnionMask((structural(n, q), blocks(n, q))),
-    "mixed": mixed,
-    "placed": placed,
-}
+from tests.ranks import (
+    BATCH,
+    DIM,
+    GROUPS,
+    HEADS,
+    INF,
+    LENGTH,
+    MASKS,
+    RANKS,
+    TOLERANCE,
+    drawn,
+    found_by,
+    top_w,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -198,30 +152,6 @@ def test_a_policy_cut_by_rank_reads_what_its_heads_read(name, layer):
 
 
 # what a rank does
-
-
-class Cases:
-    """The cases of one rank and what came of them."""
-
-    def __init__(self, rank):
-        self.rank, self.found = rank, {}
-
-    @contextmanager
-    def case(self, name):
-        self.differences = []
-        try:
-            yield
-            self.found[name] = max(self.differences, default=0.0)
-        except Exception as error:
-            self.found[name] = f"{type(error).__name__}: {error}"
-
-    def same(self, own, expected):
-        assert own.shape == expected.shape, (own.shape, expected.shape)
-        assert own.dtype == expected.dtype
-        wrong = torch.isfinite(own) != torch.isfinite(expected)
-        assert not wrong.any()
-        apart = (own.detach() - expected.detach()).abs().nan_to_num(0)  # -inf less -inf
-        self.differences.append(float(apart.max()) if apart.numel() else 0.0)
 
 
 def in_context(cases, mask: Any, split, with_bias=False, impl="auto", dtype=torch.float32):
@@ -345,6 +275,7 @@ def model_cases(cases):
                 dist.all_reduce(grad)
                 cases.same(found, split.take(expected, rank, 1))
                 cases.same(grad, truth)
+    decoded_cases(cases, models, MODELS | {"retained": retained}, ids, forward)
     model, split = models[""], Split.over(None, LENGTH)
     with dynmask.sparsify(model, Streaming(sinks=2, window=9)) as run:
         with cases.case("refuses: padding"), context_parallel(run, split):
@@ -355,9 +286,51 @@ def model_cases(cases):
             model(ids[:, :9], use_cache=False)
         with cases.case("refuses: cache"), context_parallel(run, split):
             forward(model, split, past_key_values=dynmask.BoundedCache(run), use_cache=True)
+        model.config.num_hidden_layers += 1  # as if one had no attention
+        with cases.case("refuses: hybrid"), context_parallel(run, split):
+            pass
+        model.config.num_hidden_layers -= 1
         twice = context_parallel(run, split), context_parallel(run, split)
         with cases.case("refuses: twice"), twice[0], twice[1]:
             pass
+
+
+@torch.no_grad()
+def decoded_cases(cases, models, policies, ids, forward):
+    """The tokens that follow a prompt which was read in parallel, and the cache they come from."""
+    for name, policy in policies.items():
+        model = models["mistral " if name == "streaming" else ""]
+        split = Split.over(None, LENGTH, balanced=name != "gated")
+        with cases.case(f"decoded {name}"), dynmask.sparsify(model, policy) as run:
+            kept, cache = (DynamicCache(config=model.config) for _ in range(2))
+            more = {"max_new_tokens": 7, "do_sample": False, "return_dict_in_generate": True}
+            expected = model.generate(ids, past_key_values=kept, **more).sequences
+            with context_parallel(run, split, cache=cache):
+                logits = forward(model, split, logits_to_keep=1)
+            token = last_position(logits, split).argmax(-1)
+            more["max_new_tokens"] -= 1
+            whole = torch.cat([ids, token], 1)
+            found = model.generate(whole, past_key_values=cache, **more).sequences
+            assert torch.equal(found, expected)
+            for own, other in zip(cache.layers, kept.layers, strict=True):
+                cases.same(own.keys, other.keys)
+                cases.same(own.values, other.values)
+    model, split = models[""], Split.over(None, LENGTH)
+    cache = DynamicCache(config=model.config)
+    with dynmask.sparsify(model, Causal()) as run:
+        if cases.rank == 0:  # a rank may leave the others alone with what follows
+            with context_parallel(run, split, cache=cache):
+                forward(model, split)
+        else:
+            with context_parallel(run, split):
+                forward(model, split)
+        with cases.case("decoded on one rank"):
+            assert cache.get_seq_length() == (0 if cases.rank else LENGTH)
+        if cases.rank:
+            cache.update(*[torch.zeros(1, 2, 1, 16)] * 2, 0)
+        for what, other in {"kind": StaticCache(model.config, 64), "tokens": cache}.items():
+            with cases.case(f"refuses: cache {what}"), context_parallel(run, split, cache=other):
+                pass
 
 
 def tensor_cases(cases, folder):
@@ -432,24 +405,10 @@ def tiny_olmo2():
         return Olmo2ForCausalLM(Olmo2Config(**shape, eos_token_id=None))
 
 
-def rank_main(rank, folder):
-    torch.set_num_threads(1)
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS}
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/init",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=60),  # a rank alone with an error is not waited for long
-    )
-    cases = Cases(rank)
+def all_cases(cases, folder):
     context_cases(cases)
     model_cases(cases)
     tensor_cases(cases, folder)
-    with open(f"{folder}/rank{rank}.json", "w") as file:
-        json.dump(cases.found, file)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -467,14 +426,13 @@ def found(tmp_path_factory):
     ]
     settings = DamSettings(length=12, min_support=4)
     calibrate(model, texts, settings=settings, progress=False).save_pretrained(folder / "card")
-    spawn(rank_main, (str(folder),), nprocs=RANKS)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
+    return found_by(all_cases, folder)
 
 
 def test_two_ranks_are_one_process(found):
     for cases in found:
         results = {k: v for k, v in cases.items() if not k.startswith("refuses")}
-        assert len(results) == 51
+        assert len(results) == 59
         wrong = {k: v for k, v in results.items() if not isinstance(v, float) or v > TOLERANCE}
         assert not wrong
 
@@ -490,6 +448,9 @@ REFUSALS = {
     "padding": ("without padding, received padded", "a refusal by rank 0"),
     "tokens": ("18 positions of rank 0.*9 queries", "19 positions of rank 1.*9 queries"),
     "cache": ("and no cache",) * 2,
+    "cache kind": ("cache: expected an empty DynamicCache, received StaticCache",) * 2,
+    "cache tokens": ("cache: expected an empty DynamicCache, received one with tokens",) * 2,
+    "hybrid": ("model: expected attention in each of 3 layers, received attention in 2",) * 2,
     "twice": ("run: expected one in effect, not in a context yet",) * 2,
     "scores of all values": ("PairScore.*received ValueScore",) * 2,
 }

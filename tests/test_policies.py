@@ -5,10 +5,20 @@ import torch
 
 from dynmask import attention
 from dynmask.masks.structural import count_bands
-from dynmask.policies import NAMES, Layer, Pooled, Streaming, VerticalSlash, parse
+from dynmask.policies import NAMES, Gated, Layer, Pooled, Streaming, VerticalSlash, parse
+from dynmask.policies.base import Glancing
 from tests.policies import POLICIES
 
 N, HEADS, GROUPS, DIM = 70, 4, 2, 8
+
+GLANCING = {
+    "guarded": Gated(
+        sinks=2, window=3, columns=2, last=4, guard=0.05, promise=torch.linspace(0, 1, 8).view(2, 4)
+    ),
+    "blocks": Gated(
+        sinks=2, window=5, columns=0, blocks=1, last=4, block=4, query_pool=2, key_pool=2
+    ),
+}
 
 
 def inputs(queries=N, batch=2):
@@ -30,6 +40,23 @@ def test_every_policy_answers_with_a_mask_that_attention_takes(policy, queries):
     out = attention(query, key, value, mask)
     torch.testing.assert_close(out, attention(query, key, value, mask, impl="reference"))
     policy.check(2, HEADS, GROUPS)
+
+
+@pytest.mark.parametrize("queries", [N, 23, 3])
+@pytest.mark.parametrize("name", POLICIES | GLANCING)
+def test_queries_that_a_policy_does_not_look_at_change_nothing(name, queries):
+    policy = (POLICIES | GLANCING)[name]
+    if not isinstance(policy, Glancing):
+        return
+    query, key, value = inputs(queries)
+    expected = policy(query, key, value, Layer(0)).dense()
+    rows = policy.rows_read(queries, 0)
+    if rows is None:
+        return
+    assert rows == sorted(set(rows)) and all(0 <= row < queries for row in rows)
+    hidden = torch.full_like(query, float("nan"))
+    hidden[:, :, rows] = query[:, :, rows]
+    assert torch.equal(policy(hidden, key, value, Layer(0)).dense(), expected)
 
 
 def weights_of_last(query, key, last):

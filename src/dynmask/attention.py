@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
@@ -120,12 +121,16 @@ def attention(
     if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
         raise ValueError(f"scale: expected a finite number or None, received {scale!r}")
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if deterministic is None:
+        deterministic = bool(torch.are_deterministic_algorithms_enabled())
+    if _is_dtensor(query):
+        from .sharded import attend
+
+        return attend(query, key, value, mask, bias, factor, return_lse, impl, deterministic)
     if impl == "auto":
         impl = choose(query, mask, bias, return_lse, (key, value)).impl
     if impl == "triton":
         _check_triton(query, value, mask)
-    if deterministic is None:
-        deterministic = bool(torch.are_deterministic_algorithms_enabled())
     # Tensors are computed in the dtype they have: autocast would round single products only.
     with torch.autocast(query.device.type, enabled=False):
         if impl == "sdpa":
@@ -133,7 +138,7 @@ def attention(
         if isinstance(mask, MixedMask) and impl != "reference":
             return _by_parts(query, key, value, mask, bias, factor, return_lse, impl, deterministic)
         if impl != "reference" and _wants_grad(query, key, value, bias):
-            work = _work(query, mask, factor, impl, deterministic)
+            work = work_of(query, mask, factor, impl, deterministic)
             out, lse = Attend.apply(query, key, value, bias, work)
             return (out, lse) if return_lse else out
         if impl == "triton":
@@ -141,7 +146,17 @@ def attention(
         return _by_ranges(query, key, value, bias, mask, factor, return_lse, impl)
 
 
-def _work(query: Tensor, mask: Mask | Plan, factor: float, impl: str, deterministic: bool) -> Work:
+def _is_dtensor(x: Tensor) -> bool:
+    """Whether a tensor is one of several processes; there is none where nobody imported them."""
+    if type(x) is Tensor:
+        return False
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(x, tensors.DTensor)
+
+
+def work_of(
+    query: Tensor, mask: Mask | Plan, factor: float, impl: str, deterministic: bool
+) -> Work:
     """Forward and backward of a call that autograd records."""
     holes = isinstance(mask, Plan | PlacedMask)
     if impl == "cpu":

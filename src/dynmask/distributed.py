@@ -27,6 +27,7 @@ from .masks.part import part_of
 
 if TYPE_CHECKING:
     from .integrations.context import context_parallel
+    from .integrations.share import share_heads
 
 # Newer names of the same collectives, where torch has them.
 _all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(
@@ -122,6 +123,35 @@ def gather(
             tuple(x.shape), "Take them with split.take(x, rank, dim).",
         )  # fmt: skip
     return _Gather.apply(split, group, dim % x.dim(), x)[0]
+
+
+def last_position(
+    x: Tensor, split: Split, group: dist.ProcessGroup | None = None, dim: int = 1
+) -> Tensor:
+    """What the last position of the whole sequence holds, on every rank.
+
+    Of the logits of a prompt it is what the next token is chosen by. Without gradients.
+
+    Args:
+        x: positions of this rank along ``dim``, or its last one alone (``logits_to_keep=1``);
+            other sizes are alike on all ranks, and no rank is without positions.
+        split: who holds what.
+        group: the processes; the default group when None.
+        dim: the dimension of positions.
+
+    Returns:
+        ``x`` with one position in ``dim``.
+
+    Raises:
+        ValueError: no process group, a split for other ranks, or no position.
+    """
+    own_rank(split, group)
+    if x.dim() == 0 or not x.shape[dim]:
+        raise bad("tensor", f"a position in dimension {dim}", tuple(x.shape))
+    ends = [split.ranges(rank)[-1:] for rank in range(split.ranks)]
+    holder = next(rank for rank, end in enumerate(ends) if end and end[0][1] == split.length)
+    own = x.detach().narrow(dim, x.shape[dim] - 1, 1)
+    return gather(own, Split(split.ranks, split.ranks), group, dim).narrow(dim, holder, 1)
 
 
 @overload
@@ -467,11 +497,22 @@ def own_rank(split: Split, group: dist.ProcessGroup | None) -> int:
 
 def __getattr__(name: str) -> object:
     """Load what needs transformers when it is first asked for."""
-    if name != "context_parallel":
-        raise AttributeError(f"module 'dynmask.distributed' has no attribute {name!r}")
-    from .integrations.context import context_parallel
+    if name == "context_parallel":
+        from .integrations.context import context_parallel
 
-    return context_parallel
+        return context_parallel
+    if name == "share_heads":
+        from .integrations.share import share_heads
+
+        return share_heads
+    raise AttributeError(f"module 'dynmask.distributed' has no attribute {name!r}")
 
 
-__all__ = ["Split", "context_attention", "context_parallel", "gather"]
+__all__ = [
+    "Split",
+    "context_attention",
+    "context_parallel",
+    "gather",
+    "last_position",
+    "share_heads",
+]

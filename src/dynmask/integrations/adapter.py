@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..attention import attention
 from ..cache import Live
+from ..errors import bad
 from ..masks import LifetimeMask, Mask, MixedMask, PlacedMask
 from ..policies import Causal, Gated, Layer
-from ..policies.base import evicts
+from ..policies.base import Glancing, evicts
 from ..policies.blocks import Pools
 from .cache import BoundedCache
 from .calls import NO_CALL, Call, take_call
@@ -63,6 +64,11 @@ class Adapter:
         self._placements: dict[tuple[int, ...], tuple[weakref.ref[Tensor], Placement]] = {}
         self._context: Context | None = None
         self._first_layer = 0
+
+    @property
+    def measures_mass(self) -> bool:
+        """Whether the true attention is computed for some rows."""
+        return False
 
     # what a run and converted models do differently
 
@@ -125,6 +131,8 @@ class Adapter:
             call = call._replace(rotary=None)
         where = self._placement(attention_mask, query, key, sliding_window)
         index = int(module.layer_idx)  # type: ignore[arg-type]
+        if attention_mask is None and index == self._first_layer:
+            check_one_sequence(kwargs.get("position_ids"), query.shape[2])
         site = Site(module, index, policy, where, scale, s_aux, call)
         if self._context is not None:
             out = self._in_context(self._context, site, query, key, value)
@@ -203,9 +211,12 @@ class Adapter:
         rows = slice(0, len(query)), slice(0, query.shape[2])
         unrotate = unrotate_of(site.module, site.call, *rows, 0)
         site = site._replace(where=where)
+        looks = isinstance(site.policy, Glancing) and not self.measures_mass
+        seen = site.policy.rows_read(context.split.length, site.index) if looks else None
         with torch.no_grad():
-            every = context.all(query)
+            every = context.looked_at(query, seen)
         k, v = context.all(key), context.all(value)
+        context.keep(site.index, k, v)
         hear = partial(self._hear, site, "prefill")
         layer = Layer(site.index, 0, context.unrotate(unrotate, key), hear)
         mask, bias = self._ask(site, "prefill", layer, every, k, v)
@@ -366,6 +377,17 @@ class Adapter:
             where = Placement.from_bool(mask, batch, queries, keys, sliding_window)
         self._placements[name] = weakref.ref(mask), where
         return where
+
+
+def check_one_sequence(positions: Tensor | None, queries: int) -> None:
+    """Raise ValueError where positions restart and no mask says which sequences there are."""
+    if positions is None or positions.shape[-1] != queries or queries == 1:
+        return
+    if bool((positions.diff(dim=-1) != 1).any()):
+        raise bad(
+            "position_ids", "one sequence in each row where there is no mask", "several, packed",
+            "Pass sequences one by one (DeepSpeed Ulysses drops the mask that tells them apart).",
+        )  # fmt: skip
 
 
 def drops_keys(policy: Any) -> bool:

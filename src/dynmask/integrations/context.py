@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import DynamicCache
 
 from ..distributed import Split, agree, gather, of_rows, own_rank
 from ..errors import bad
 from .cache import OwnedCache
+from .checks import attention_modules, decoder_config
 from .placement import Placement
 
 if TYPE_CHECKING:
@@ -22,7 +24,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def context_parallel(
-    run: Run, split: Split, group: dist.ProcessGroup | None = None
+    run: Run,
+    split: Split,
+    group: dist.ProcessGroup | None = None,
+    *,
+    cache: DynamicCache | None = None,
 ) -> Iterator[None]:
     """Let every process of ``group`` compute its own positions of one sequence.
 
@@ -38,22 +44,35 @@ def context_parallel(
             ).logits  # of the rank's positions
         logits = gather(logits, split, group, dim=1)  # of all, where they are wanted
 
-    Queries, keys and values are gathered in each layer, the policy is asked about the whole
-    sequence on every rank, and the rank's rows are lowered and computed. So the choice is that of
-    one process, forward and backward. Measurements of the run are those of the whole sequence,
-    the same on all ranks.
+    Keys and values are gathered in each layer, and those queries that the policy looks at. It is
+    asked about the whole sequence on every rank, and the rank's rows are lowered and computed. So
+    the choice is that of one process, forward and backward. Measurements of the run are those of
+    the whole sequence, the same on all ranks.
 
     For the forward over a prompt, without padding or packing, and without a cache to continue
     from: batch rows are sequences of equal length. Every rank has at least one position.
+
+    Decoding goes on by one process on each rank that passed an empty ``cache``, which then holds
+    the keys and values of the whole prompt::
+
+        cache = DynamicCache(config=model.config)
+        with dynmask.sparsify(model, policy) as run:
+            with context_parallel(run, split, group, cache=cache):
+                logits = model(..., use_cache=False, logits_to_keep=1).logits
+            token = last_position(logits, split, group).argmax(-1)
+            ids = torch.cat([input_ids, token], 1)
+            model.generate(ids, past_key_values=cache, max_new_tokens=100)
 
     Args:
         run: what ``sparsify`` returned.
         split: who holds what.
         group: the processes; the default group when None.
+        cache: an empty ``DynamicCache`` to be filled on this rank; none is kept when None.
 
     Raises:
         ValueError: no process group, a split for other ranks, or one that leaves a rank without
-            positions; in the model's forward, tokens that are not the rank's positions, padding, a
+            positions, another cache, or a model with layers that mix tokens without attention;
+            in the model's forward, tokens that are not the rank's positions, padding, a
             cache.
     """
     rank = own_rank(split, group)
@@ -68,7 +87,17 @@ def context_parallel(
             "run", "one in effect, not in a context yet",
             "one that was removed" if run.removed else "one inside of context_parallel",
         )  # fmt: skip
-    run._context = Context(split, rank, group)
+    layers = decoder_config(run.model).num_hidden_layers
+    found = {int(m.layer_idx) for m in attention_modules(run.model)}  # type: ignore[arg-type]
+    if found != set(range(layers)):
+        raise bad(
+            "model", f"attention in each of {layers} layers", f"attention in {len(found)}",
+            "Layers that mix tokens in another way would mix a rank's own alone.",
+        )  # fmt: skip
+    if cache is not None and (not isinstance(cache, DynamicCache) or cache.get_seq_length()):
+        got = "one with tokens" if isinstance(cache, DynamicCache) else type(cache).__name__
+        raise bad("cache", "an empty DynamicCache", got, "Pass DynamicCache(config=model.config).")
+    run._context = Context(split, rank, group, cache)
     try:
         yield
     finally:
@@ -77,11 +106,55 @@ def context_parallel(
 
 @dataclass(frozen=True)
 class Context:
-    """Which positions this process holds, and with whom it shares the rest."""
+    """Which positions this process holds, and with whom it shares the rest.
+
+    Attributes:
+        split: who holds what.
+        rank: of this process.
+        group: the processes.
+        cache: keeps the keys and values of the whole sequence; None where nobody wants them.
+        memo: what layers share.
+    """
 
     split: Split
     rank: int
     group: dist.ProcessGroup | None
+    cache: DynamicCache | None = None
+    memo: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+
+    def looked_at(self, query: Tensor, rows: list[int] | None) -> Tensor:
+        """All positions of queries [b, h, positions, d] of which only ``rows`` are looked at.
+
+        The others are 0 and are not sent: keys and values are small beside the queries of several
+        heads to a group.
+        """
+        if rows is None:
+            return self.all(query)
+        batch, heads, _, dim = query.shape
+        every = query.new_zeros(batch, heads, self.split.length, dim)
+        if rows:
+            place, mine, own = self._places(tuple(rows), query.device)
+            few = query.new_zeros(batch, heads, len(rows), dim)
+            few[:, :, mine] = query[:, :, own]
+            dist.all_reduce(few, group=self.group)  # each row has one holder
+            every[:, :, place] = few
+        return every
+
+    def _places(self, rows: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+        """Rows of the sequence; which of them are this rank's, and where it has them."""
+        if rows not in self.memo:
+            every = torch.tensor(rows)
+            positions = self.split.positions(self.rank)
+            own = torch.searchsorted(positions, every).clamp(max=len(positions) - 1)
+            mine = (positions[own] == every).nonzero().flatten()
+            found = every, mine, own[mine]
+            self.memo[rows] = tuple(x.to(device) for x in found)
+        return self.memo[rows]
+
+    def keep(self, index: int, key: Tensor, value: Tensor) -> None:
+        """Put all positions' keys and values [b, g, length, d] of a layer into the cache."""
+        if self.cache is not None:
+            self.cache.update(key.detach(), value.detach(), index)
 
     def all(self, x: Tensor) -> Tensor:
         """All positions of [b, heads, positions, d]."""

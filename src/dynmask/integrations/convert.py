@@ -8,21 +8,24 @@ configuration, so that copies, checkpoints and other models are not confused.
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from ..errors import bad
 from ..masks import LifetimeMask
 from ..masks.base import check_whole
 from ..nn import ValueScore
 from ..policies import Causal, Layer
-from ..policies.base import AnyModel
+from ..policies.base import AnyModel, own_heads
 from ..retention import Retention, keep_retention_loss, retention_loss_of
 from ..scores import Form
 from .adapter import Adapter, Site
@@ -30,6 +33,8 @@ from .calls import drop_hook, note_call
 from .checks import CONVERTED, attention_modules, check_forward, check_model, configs
 from .checks import decoder_config as decoder_config_of
 from .masking import mask_of
+from .shard import shard_of
+from .share import Share
 
 SCORE = "dynmask_score"
 """Name of the score module in an attention module."""
@@ -112,16 +117,35 @@ class Dma(AnyModel):
     phase: ClassVar[Literal["both", "prefill"]] = "both"
     trains: ClassVar[bool] = True
 
-    def __init__(self, score: LayerScore) -> None:
-        self.score = score
+    def __init__(self, score: LayerScore, share: Share | None = None) -> None:
+        self.score, self.share = score, share
 
     def retention(self, layer: int) -> Retention:
         """What a query reads."""
-        return self.score.retention
+        retention, share = self.score.retention, self.share
+        if share is None or isinstance(retention.width, int):
+            return retention
+        return replace(retention, width=own_heads(retention.width, share.rank, share.ranks))
 
-    def scores(self, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
-        """Score of each key: [b, g, n]."""
-        return self.score(key, value)
+    def scores(self, key: Tensor | None, value: Tensor, layer: Layer) -> Tensor:
+        """Score of each key: [b, g, n]; from the values of all kv heads, whoever holds them."""
+        share, heads = self.share, len(self.score.A)
+        ranks = 1 if share is None else share.ranks
+        if value.shape[1] * ranks != heads:
+            raise bad(
+                "attention", f"{heads // ranks} kv heads on this process", value.shape[1],
+                "Where processes share heads (DeepSpeed Ulysses), call "
+                "dynmask.distributed.share_heads; after tp_plan='auto', convert again.",
+            )  # fmt: skip
+        if share is None:
+            return self.score(key, value)
+        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.score.parameters())
+        if learning and not share.trains:
+            raise bad(
+                "model", "torch.no_grad(), or scores without gradients, under tp_plan",
+                "scores that train", "Train with DeepSpeed Ulysses, which sums their gradients.",
+            )  # fmt: skip
+        return share.own(self.score(None, share.all(value)))
 
     def bias(self, scores: Tensor, layer: Layer) -> Tensor:
         """What is added to the logits: [b, g, n]."""
@@ -129,7 +153,8 @@ class Dma(AnyModel):
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> LifetimeMask:
         """The lifetimes of the keys."""
-        return self.score.retention.mask(self.scores(key, value, layer), query.shape[2])
+        scores = self.scores(key, value, layer)
+        return self.retention(layer.index).mask(scores, query.shape[2])
 
 
 class Window(Causal):
@@ -165,7 +190,7 @@ class ConvertedAdapter(Adapter):
                 "give every model a config of its own (copy.deepcopy(config)), or load a "
                 "converted one with dynmask.load_converted"
             )
-        return Dma(score)
+        return Dma(score, _SHARES.get(score))
 
     def _teach(self, site: Site, groups: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Compute the retention loss, a mean over positions, and keep it to be collected."""
@@ -178,7 +203,7 @@ class ConvertedAdapter(Adapter):
         loss, positions = score.A.new_zeros(()), 0
         for query, key, value in groups:
             # its gradient ends at the score: values are not to be bent to be predictable
-            scores = score(None, value.detach())
+            scores = site.policy.scores(None, value.detach(), Layer(site.index))
             part = retention_loss_of(
                 query,
                 key,
@@ -206,6 +231,27 @@ def _watch(module: nn.Module, args: tuple, kwargs: dict) -> None:
 # With the module: a pickled model finds it in a new process, where nothing was converted.
 AttentionInterface.register(CONVERTED, torch.compiler.disable(_ADAPTER._attend))
 AttentionMaskInterface.register(CONVERTED, mask_of)
+
+
+_SHARES: weakref.WeakKeyDictionary[LayerScore, Share] = weakref.WeakKeyDictionary()
+"""Scores of layers whose heads are shared; aside, for process groups cannot be copied or saved."""
+
+
+def share_scores(model: nn.Module, share: Share) -> None:
+    """Let the scores of a converted model read the values of all processes' heads."""
+    for module in model.modules():
+        if isinstance(module, LayerScore):
+            _SHARES[module] = share
+
+
+def _share_of(model: PreTrainedModel) -> Share | None:
+    """How ``tp_plan="auto"`` shares the heads of a model; None where it does not."""
+    rank, ranks = shard_of(model)
+    if ranks == 1:
+        return None
+    mesh: Any = model._device_mesh
+    group = mesh.get_group("tp" if "tp" in (mesh.mesh_dim_names or ()) else None)
+    return Share(rank, ranks, group, trains=False)
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -237,6 +283,10 @@ def convert(
     With ``exp`` and ``linear`` all scores tie at first, and the latest keys win. Attention sinks
     of the model (gpt-oss) have no bias: with ``exp``, which begins at a bias of 1 for every key,
     they begin weaker than they were; ``linear`` begins at 0.
+
+    A model that was loaded with ``tp_plan="auto"`` is converted on every rank, to be used as it
+    is: its scores do not train. Under DeepSpeed Ulysses they do, see
+    :func:`dynmask.distributed.share_heads`.
 
     Args:
         model: a decoder-only model whose attention goes through transformers'
@@ -279,6 +329,7 @@ def convert(
         "retention_rows": lesson.rows,
         "retention_after": lesson.after,
     }
+    share = _share_of(model)
     made: list[tuple[nn.Module, LayerScore | None]] = []
     for module in attention_modules(model):
         dim = _value_dim(module, config, heads)
@@ -296,6 +347,12 @@ def convert(
         )
     _attach(model, made)
     setattr(model.config, SETTINGS, settings)
+    if share is not None:
+        share_scores(model, share)
+        for _, score in made:
+            for parameter in () if score is None else score.parameters():
+                source = dist.get_global_rank(share.group, 0) if share.group else 0
+                dist.broadcast(parameter.detach(), source, share.group)  # drawn on each rank
     return model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import bad
 from .calls import Call
 
 RESCALED = ("dynamic", "longrope")
@@ -50,6 +51,12 @@ def unrotate_of(
     cos, sin = (x[rows if x.shape[0] > 1 else slice(None), columns] for x in call.rotary)
 
     def unrotate(key: Tensor) -> Tensor:
+        if columns.stop is not None and cos.shape[1] != columns.stop - (columns.start or 0):
+            raise bad(
+                "keys before rotation", f"those of the layer's {cos.shape[1]} tokens",
+                f"{columns.stop} queries", "They are not known where others share positions "
+                "(DeepSpeed Ulysses): use dynmask.distributed.context_parallel.",
+            )  # fmt: skip
         c, s = cos, sin
         past = key.shape[2] - cos.shape[1]
         if past > 0:

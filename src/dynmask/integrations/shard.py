@@ -53,13 +53,21 @@ def policy_of(policy: Any, shard: tuple[int, int]) -> Any:
     return policy.of_shard(*shard)
 
 
-def check_heads(received: int, model: PreTrainedModel, shard: tuple[int, int]) -> None:
-    """Raise ValueError where attention is called with other heads than a rank was taken to hold."""
+def check_heads(received: int, model: PreTrainedModel, shard: tuple[int, int], policy: Any) -> None:
+    """Raise ValueError where attention is called with other heads than a rank was taken to hold.
+
+    A policy without numbers of single heads takes any, where nobody said how many there are.
+    """
     expected = decoder_config(model).num_attention_heads // shard[1]
-    if getattr(model, "_tp_size", None) not in (None, 1) and received != expected:
+    split = getattr(model, "_tp_size", None) not in (None, 1)
+    told = split or shard[1] > 1 or isinstance(policy, Sharded)
+    if told and received != expected:
         raise bad(
-            "tensor parallelism", f"attention of {expected} heads on this rank", received,
-            "Load the model without tp_plan, or with one that splits all layers alike.",
+            "heads", f"attention of {expected} heads on this rank", received,
+            "Load the model without tp_plan, or with one that splits all layers alike."
+            if split
+            else "Where processes share heads (DeepSpeed Ulysses), call "
+            "dynmask.distributed.share_heads(run, group) with the group that shares them.",
         )  # fmt: skip
 
 

@@ -236,7 +236,7 @@ class Run(Adapter):
         return self.policy
 
     def _check_heads(self, heads: int) -> None:
-        check_heads(heads, self.model, self.shard)
+        check_heads(heads, self.model, self.shard, self.policy)
 
     def _note(self, site: Site, phase: str, query: Tensor, mask: Mask, bias: Tensor | None) -> None:
         sinks = site.s_aux is not None

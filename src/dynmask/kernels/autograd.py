@@ -79,9 +79,24 @@ class Attend(torch.autograd.Function):
             return (None,) * 5
         if out_grad is None:
             out_grad = torch.zeros_like(out)
-        run = _triton if ctx.work.fused else _cpu
-        with torch.autocast(query.device.type, enabled=False):
-            return (*run(query, key, value, bias, out, lse, out_grad, lse_grad, ctx.work), None)
+        return (*gradients(query, key, value, bias, out, lse, out_grad, lse_grad, ctx.work), None)
+
+
+def gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    out_grad: Tensor,
+    lse_grad: Tensor | None,
+    work: Work,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value and bias, from those of out and lse."""
+    run = _triton if work.fused else _cpu
+    with torch.autocast(query.device.type, enabled=False):
+        return run(query, key, value, bias, out, lse, out_grad, lse_grad, work)
 
 
 def _cpu(

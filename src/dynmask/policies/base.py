@@ -125,6 +125,32 @@ def grid_of(policy: Any) -> int:
     return policy.grid if isinstance(policy, Gridded) else 0
 
 
+@runtime_checkable
+class Glancing(Protocol):
+    """A policy that looks at a few query rows of a call, or at none.
+
+    Where positions are shared over processes, no more than these are gathered. A policy without
+    this method is taken to look at all.
+    """
+
+    def rows_read(self, queries: int, layer: int) -> list[int] | None:
+        """Which of a call's query rows the choice depends on, ascending; None for all."""
+        ...
+
+
+class LooksAtNone:
+    """For policies whose choice does not depend on queries."""
+
+    def rows_read(self, queries: int, layer: int) -> list[int]:
+        """None of them."""
+        return []
+
+
+def last_rows(queries: int, count: int) -> list[int]:
+    """The last ``count`` of so many query rows."""
+    return list(range(max(queries - count, 0), queries))
+
+
 def own_heads(table: Any, rank: int, ranks: int) -> Any:
     """The ``rank``-th of ``ranks`` equal runs of a table's heads, its first dimension."""
     size = len(table) // ranks

@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ..masks import LifetimeMask
-from .base import AnyModel, Layer
+from .base import AnyModel, Layer, LooksAtNone
 
 
 @dataclass(frozen=True)
-class Causal(AnyModel):
+class Causal(AnyModel, LooksAtNone):
     """Every query reads every key up to its own."""
 
     name: ClassVar[str] = "full"

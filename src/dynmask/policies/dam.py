@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ..masks import StructuralMask
 from ..masks.structural import count_bands
-from .base import Layer, own_heads
+from .base import Layer, LooksAtNone, own_heads
 
 if TYPE_CHECKING:
     from ..card import MaskCard
 
 
 @dataclass(frozen=True, eq=False)
-class Dam:
+class Dam(LooksAtNone):
     """Dynamic Attention Mask (arXiv 2506.11104, section 3), stage 2: apply a calibrated card.
 
     Positions below the card's L read what the true mask says; later ones read the kept diagonals

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..masks import LifetimeMask
-from .base import Layer, check_field, own_heads
+from .base import Layer, LooksAtNone, check_field, own_heads
 
 PerHead = float | tuple[tuple[float, ...], ...]
 """One number for all heads, or for each layer one for each head (query heads or kv heads)."""
 
 
 @dataclass(frozen=True)
-class Elastic:
+class Elastic(LooksAtNone):
     """Sinks and a span of ``alpha + beta N`` newest keys per head (MoA, arXiv 2406.14909).
 
     The paper's N is the length of the input, known before it is read. Here it is ``length``, or,

@@ -15,10 +15,11 @@ from ..errors import bad
 from ..kernels import ops
 from ..kernels.worth import key_worth
 from ..masks import LifetimeMask, Mask, MixedMask
-from .base import Layer, check_field, own_heads
+from .base import Layer, check_field, last_rows, own_heads
 from .blocks import BlockChoice
 from .gates import Gates
 from .guard import GUARD_ROWS, guarded, widened
+from .kept import sampled_rows
 
 KEPT_POOL = 15
 """Neighbours that are kept together, at least: seven on either side, an answer of some tokens."""
@@ -198,6 +199,14 @@ class Gated:
                     f"{len(self.encoders)} of {sizes[:1]}",
                     "Calibrate this model.",
                 )
+
+    def rows_read(self, queries: int, layer: int) -> list[int] | None:
+        """The last ones and those of the guard; all where a map chooses blocks."""
+        if self.blocks or (self.gates is not None and bool(self.gates.blocks[layer].any())):
+            return None
+        looks = self.guard is not None and self.promise is not None
+        guards = sampled_rows(queries, GUARD_ROWS) if looks else []
+        return sorted({*guards, *last_rows(queries, self.last)})
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Mask:
         """What each head reads: lifetimes, key blocks, or some heads the one, some the other."""

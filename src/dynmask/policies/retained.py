@@ -14,7 +14,7 @@ from ..errors import bad
 from ..masks import LifetimeMask
 from ..masks.base import check_whole
 from ..nn import PairScore, Retention, ValueScore
-from .base import Layer, own_heads
+from .base import Layer, LooksAtNone, own_heads
 
 if TYPE_CHECKING:
     from ..card import MaskCard
@@ -25,7 +25,7 @@ float32 rounds off."""
 
 
 @dataclass(frozen=True, eq=False)
-class Retained:
+class Retained(LooksAtNone):
     """The first ``sinks`` keys, the ``window`` newest and the best of the rest by a learned score.
 
     A score belongs to a key and is made once, from the key before rotation and its value; the

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..masks import LifetimeMask
 from ..retention import Retention
-from .base import AnyModel, Layer, check_field
+from .base import AnyModel, Layer, LooksAtNone, check_field
 
 
 @dataclass(frozen=True)
-class Streaming(AnyModel):
+class Streaming(AnyModel, LooksAtNone):
     """The first ``sinks`` keys and the ``window`` newest (arXiv 2309.17453).
 
     Args:

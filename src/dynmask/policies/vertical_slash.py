@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..masks import StructuralMask
 from ..masks.base import repeat_heads
-from .base import AnyModel, Layer, check_field
+from .base import AnyModel, Layer, check_field, last_rows
 from .weights import WEIGHTS_AT_A_TIME, diagonal_sums, future
 
 
@@ -45,6 +45,10 @@ class VerticalSlash(AnyModel):
             value = getattr(self, field)
             check_field(self.name, field, value, value >= 1, ">= 1")
         check_field(self.name, "sinks", self.sinks, self.sinks >= 0, ">= 0")
+
+    def rows_read(self, queries: int, layer: int) -> list[int]:
+        """The last ones."""
+        return last_rows(queries, self.last)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> StructuralMask:
         """Columns and diagonals from the softmax of the last queries."""
