@@ -132,7 +132,7 @@ def test_a_card_of_a_model_of_another_shape_is_refused_before_the_weights(
     assert "(layers 2)" in message and "a model with layers 5" in message
 
 
-JOURNAL = json.dumps({"dynmask_budgets": 1, "identity": {}, "known": {}}).encode()
+JOURNAL = json.dumps({"dynmask_budgets": 2, "identity": {}, "known": {}, "above": {}}).encode()
 STATE = {"identity": {}, "step": 1}
 FILES = {
     "retained": [("", save({"w": torch.ones(3)}, {"dynmask_retrofit": json.dumps(STATE)}))],
