@@ -6,6 +6,7 @@ A test runs ``text()`` and compares, so a number in README cannot part from its 
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -211,21 +212,42 @@ def _seconds(row: dict[str, Any]) -> str:
 
 
 def gated_tasks() -> str:
-    """What the gated policy answers: right answers and density of each task and policy."""
+    """What the gated policy answers: of each model a line for a policy, a column for a task."""
     rows = [r for r in rows_of(RESULTS / "generator_tasks.jsonl") if r["n"]]
     if not rows:
         return "Not measured yet."
-    lines = ["| model | task | policy | right | density | KL | device |", "|" + "---|" * 7]
-    rows.sort(key=lambda r: (r["model"], r["task"], r["policy"] != "full", r["policy"]))
-    for r in rows:
-        right = f"{round(r['accuracy'] * r['n'], 1):g} of {r['n']}"
-        kl = "-" if r["kl"] is None else f"{r['kl']:.4f}"
-        device = r["device"]["name"] if r["device"]["type"] == "cuda" else "CPU"
-        name = f"{r['task']} {r['group']}" if r["task"].startswith("ruler") else r["task"]
-        model = r["model"].removeprefix("dynmask-")
-        cells = (model, name, r["policy"], right, f"{r['density']:.2%}", kl, device)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    tables = []
+    for model in sorted({r["model"] for r in rows}):
+        own = [r for r in rows if r["model"] == model]
+        tasks = sorted({r["task"] for r in own}, key=lambda t: (t.split()[0], int(t.split()[1])))
+        policies = sorted({r["policy"] for r in own}, key=lambda p: (p != "full", p))
+        cells = [[_answered(own, task, policy) for task in tasks] for policy in policies]
+        devices = sorted({"a CPU" if r["device"]["type"] == "cpu" else r["device"]["name"]
+                          for r in own})  # fmt: skip
+        lines = [
+            f"`{model}`: right answers of how many, and density; {', '.join(devices)}",
+            "",
+            f"| policy | {' | '.join(tasks)} |",
+            "|" + "---|" * (1 + len(tasks)),
+            *(f"| {p} | {' | '.join(c)} |" for p, c in zip(policies, cells, strict=True)),
+        ]
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def _answered(rows: list[dict[str, Any]], task: str, policy: str) -> str:
+    """Right answers and density of a policy on a task; of several groups the mean of their shares.
+
+    The CPU's few items are told apart by a star.
+    """
+    found = [r for r in rows if (r["task"], r["policy"]) == (task, policy)]
+    if not found:
+        return "-"
+    n, star = sum(r["n"] for r in found), "*" * (found[0]["device"]["type"] == "cpu")
+    share = statistics.mean(r["accuracy"] for r in found)
+    right = f"{share:.1%}, n {n}" if len(found) > 1 else f"{share * n:.3g} of {n}"
+    density = statistics.mean(r["density"] for r in found)
+    return f"{right}{star}" if policy == "full" else f"{right}{star}; {density:.2%}"
 
 
 def cpu() -> str:
