@@ -1,6 +1,6 @@
 """The gated card of the reference model: budgets of every map, chosen by their effect.
 
-    python recipes/gated_card.py                                # two minutes on a GPU
+    python recipes/gated_card.py                                # a minute on a GPU
     python recipes/gated_card.py --max-kl 0.005 0.02 0.08       # a card for each: a Pareto curve
     python recipes/gated_card.py --harder                       # of the harder reference
     python recipes/gated_card.py --smoke
@@ -53,11 +53,12 @@ def writers(author: Author) -> list[Write]:
 
 
 def documents(
-    author: Author, lengths: list[int], count: int, seed: int
+    author: Author, lengths: list[int], count: int, seed: int, beside: int = BESIDE
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return documents of each length, their kinds in turn, and their judged positions.
 
-    A document ends before the last token of its last answer.
+    A document ends before the last token of its last answer. Judged are the tokens of that answer
+    and ``beside`` of those before it.
     """
     found: list[Tensor] = []
     judged: list[Tensor] = []
@@ -75,8 +76,8 @@ def documents(
                     break
             begin, stop = asked[-1]
             found.append(torch.tensor(author.ids[: stop - 1]))
-            beside = rng.sample(range(max(begin - 1 - LATE, 0), begin - 1), BESIDE)
-            judged.append(torch.tensor([*sorted(beside), *range(begin - 1, stop - 1)]))
+            some = rng.sample(range(max(begin - 1 - LATE, 0), begin - 1), beside)
+            judged.append(torch.tensor([*sorted(some), *range(begin - 1, stop - 1)]))
     return found, judged
 
 
@@ -110,9 +111,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: beside the model, its name and -gated")
     parser.add_argument("--harder", action="store_true", help="the harder reference, see above")
     parser.add_argument("--text", type=Path, help="prepared by train_harder.py --prepare")
-    parser.add_argument("--max-kl", type=float, nargs="+", default=[0.02])
+    parser.add_argument("--max-kl", type=float, nargs="+", default=[0.005])
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 4096 16384; 8192 32768")
     parser.add_argument("--documents", type=int, help="of each length (default: 6; 7)")
+    parser.add_argument("--beside", type=int, default=BESIDE, help="judged beside the answer")
     parser.add_argument("--blocks", action="store_true", help="offer blocks too")
     parser.add_argument("--encoder", action="store_true", help="train what scores the blocks")
     parser.add_argument("--pool", type=int, default=1)
@@ -141,7 +143,9 @@ def main() -> None:
     model = model.to(options.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     author = author_of(options, tokenizer)
-    texts, judged = documents(author, options.lengths, options.documents, options.seed)
+    texts, judged = documents(
+        author, options.lengths, options.documents, options.seed, options.beside
+    )
     budgets = WITH_BLOCKS if options.blocks or options.encoder else BUDGETS
     for allowed in options.max_kl:
         settings = GatedSettings(

@@ -473,6 +473,8 @@ def test_a_card_is_judged_where_answers_are_told(corpus, harder):
         assert begin - 1 - gated_card.LATE <= int(rows[0]) and int(rows[6]) < begin - 1
         before = TOKENIZER.decode(text[:begin].tolist())
         assert before.rstrip()[-1:] not in ("", "\n")  # an answer is asked for
+    alone = gated_card.documents(author, [500, 900], kinds, 3, 0)[1]
+    assert all(map(torch.equal, alone, [rows[gated_card.BESIDE :] for rows in judged]))
 
 
 def test_a_text_that_is_full_before_its_first_question_is_written_again(corpus, monkeypatch):
