@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import bad
-from ...policies import Gated, Policy
+from ...policies import Gated, Policy, SnapKV
 from ...policies.base import Sharded, evicts
 from ...scores import Score
 
@@ -29,12 +29,17 @@ def check_policy(policy: Any, config: Any, card_model: dict[str, Any] | None = N
         config: the model's text configuration.
         card_model: what the policy's card says of its model, where there is one.
     """
-    if not isinstance(policy, Policy):
+    if not isinstance(policy, Policy) or isinstance(policy, type):
         raise bad("policy", "one of dynmask.policies", repr(policy))
     if isinstance(policy, Gated) and policy.decode == "keep":
         raise bad(
             "gated: decode", "'select' under vLLM, whose cache drops no single keys", "'keep'",
             "Leave decode=keep out.",
+        )  # fmt: skip
+    if isinstance(policy, SnapKV):
+        raise bad(
+            "snapkv", "a policy that serves several sequences at a time", "one that remembers one",
+            "Use another policy.",
         )  # fmt: skip
     if card_model is not None:
         layers, heads, kv_heads = shape_of(config)

@@ -78,7 +78,8 @@ class Pages:
         """A request's keys and values of positions [first, stop): [1, g, n, d] each."""
         skipped = first // self.size
         pages = table[skipped : -(-stop // self.size)].long()
-        both = self.cache.transpose(0, 1).index_select(1, pages).flatten(1, 2)
+        # not index_select, which on a CPU would first copy the whole cache to make it dense
+        both = self.cache.transpose(0, 1)[:, pages].flatten(1, 2)
         start = skipped * self.size
         both = both[None, :, first - start : stop - start]
         dim = both.shape[-1] // 2

@@ -1,0 +1,167 @@
+"""vLLM's engine with the plugin: greedy tokens are those of transformers under the same policy.
+
+Runs where vLLM is installed (``CONTRIBUTING.md``); each engine is a process of its own.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import dynmask
+from dynmask import MaskCard, policies
+from dynmask.calibrate import DamSettings
+from tests.tiny import tiny_gemma3, tiny_llama, tiny_mistral
+from tests.vllm_run import ROOT, ask
+
+pytest.importorskip("vllm", reason="vLLM is not installed; see CONTRIBUTING.md")
+pytestmark = pytest.mark.slow
+
+TOKENS = 8
+LENGTHS = (5, 37, 300, 1000, 2990)
+CHUNKED = {"max_model_len": 3072, "max_num_batched_tokens": 256, "enable_prefix_caching": True}
+WHOLE = {
+    "max_model_len": 3072,
+    "max_num_batched_tokens": 3072,
+    "enable_chunked_prefill": False,
+    "enable_prefix_caching": False,
+}
+GATED_CARD = ROOT / "models" / "dynmask-reference-gated"
+RETAINED_CARD = ROOT / "models" / "dynmask-reference-retained"
+
+
+def prompts_of(vocabulary, lengths=LENGTHS, seed=1):
+    """Random prompts, and one that begins as the longest does."""
+    draw = torch.Generator().manual_seed(seed)
+    made = [torch.randint(3, vocabulary, (n,), generator=draw).tolist() for n in lengths]
+    return [*made, made[-1][: lengths[-1] * 5 // 6] + made[0]]
+
+
+@torch.inference_mode()
+def answers(model, policy, prompts, tokens=TOKENS, chunk=0):
+    """Greedy tokens of each prompt alone, by transformers."""
+    found = []
+    with dynmask.sparsify(model, policy):
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            cache = transformers.DynamicCache(config=model.config)
+            if chunk:
+                for part in ids[:, :-1].split(chunk, 1):
+                    if part.shape[1] == chunk:
+                        model(input_ids=part, past_key_values=cache)
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
+                max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+            found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny Llama, its folder, and its DAM card."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = tiny_llama(max_position_embeddings=4096, hidden_size=128, head_dim=32)
+    model.save_pretrained(folder / "model")
+    documents = list(torch.randint(3, 256, (6, 64), generator=torch.Generator().manual_seed(0)))
+    settings = DamSettings(length=64, tau=0.1, mu=0.3)
+    card = dynmask.calibrate(model, documents, settings=settings, progress=False)
+    card.save_pretrained(folder / "dam")
+    return model, folder
+
+
+@pytest.mark.parametrize(
+    "policy, cut",
+    [
+        ("streaming:sinks=4,window=64", CHUNKED),
+        ("dam", CHUNKED),
+        ("elastic", CHUNKED),
+        ("gated:window=32,columns=16", WHOLE),
+        ("gated:window=64,columns=0,blocks=2,block=16", WHOLE),
+    ],
+)
+def test_prompts_of_5_to_3000_tokens_in_one_batch(tiny, tmp_path, policy, cut):
+    model, folder = tiny
+    prompts = prompts_of(256)
+    own = {"DYNMASK_POLICY": policy}
+    if policy == "dam":
+        own = {"DYNMASK_CARD": str(folder / "dam")}
+        policy = f"dam:{folder / 'dam'}"
+    found, _ = ask(tmp_path, folder / "model", prompts, TOKENS, own, **cut)
+    expected = answers(model, policies.parse(policy), prompts)
+    assert found == expected
+    assert expected != answers(model, policies.Causal(), prompts), "the mask changes nothing"
+
+
+@pytest.mark.parametrize("card, cut", [(GATED_CARD, WHOLE), (RETAINED_CARD, CHUNKED)])
+def test_shipped_cards_on_the_reference_model(tmp_path, card, cut):
+    header = MaskCard.from_pretrained(card).header
+    name = json.loads((ROOT / "models/dynmask-reference/config.json").read_text())["vocab_size"]
+    folder = _model_of(header["model"]["fingerprint"])
+    prompts = prompts_of(name, (5, 37, 300, 1500))
+    found, said = ask(tmp_path, folder, prompts, TOKENS, {"DYNMASK_CARD": str(card)}, **cut)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert found == answers(model, MaskCard.from_pretrained(card).policy(), prompts)
+    assert "depend on where vLLM cuts" not in said
+
+
+def _model_of(fingerprint):
+    from dynmask.integrations.checkpoint import fingerprint_of_files
+
+    folders = [Path(p).parent for p in (ROOT / "models").glob("*/config.json")]
+    return next(f for f in folders if fingerprint_of_files(f) == fingerprint)
+
+
+def test_a_choice_by_chunks_is_that_of_transformers_in_the_same_chunks(tiny, tmp_path):
+    model, folder = tiny
+    prompt = prompts_of(256, (1000,))[:1]
+    policy = "gated:window=32,columns=16"
+    found, said = ask(
+        tmp_path, folder / "model", prompt, TOKENS, {"DYNMASK_POLICY": policy}, **CHUNKED
+    )
+    assert "depend on where vLLM cuts a prompt" in said
+    assert found == answers(model, policies.parse(policy), prompt, chunk=256)
+
+
+@pytest.mark.parametrize("make", [tiny_mistral, tiny_gemma3])
+def test_sliding_windows_of_the_model_are_honoured(tmp_path, make):
+    model = make(max_position_embeddings=1024, sliding_window=48)
+    model.save_pretrained(tmp_path / "model")
+    prompts = prompts_of(256, (5, 37, 300, 700))
+    for policy, cut in (
+        ("streaming:sinks=4,window=100", CHUNKED),
+        ("gated:window=64,columns=16", WHOLE),
+    ):
+        cut = cut | {"max_model_len": 1024, "max_num_batched_tokens": 1024 if cut is WHOLE else 256}
+        own = {"DYNMASK_POLICY": policy}
+        found, _ = ask(tmp_path, tmp_path / "model", prompts, TOKENS, own, **cut)
+        assert found == answers(model, policies.parse(policy), prompts)
+
+
+@pytest.mark.parametrize("card", [GATED_CARD, RETAINED_CARD])
+def test_tensor_parallel_ranks_share_a_card(tmp_path, card):
+    folder = _model_of(MaskCard.from_pretrained(card).header["model"]["fingerprint"])
+    prompts = prompts_of(250, (5, 300, 1000))
+    found, _ = ask(
+        tmp_path, folder, prompts, TOKENS, {"DYNMASK_CARD": str(card)}, tensor_parallel_size=2,
+        **WHOLE,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert found == answers(model, MaskCard.from_pretrained(card).policy(), prompts)
+
+
+@pytest.mark.parametrize(
+    "own, message",
+    [
+        ({"DYNMASK_CARD": str(GATED_CARD)}, "mask card: expected the model that it was calibrated"),
+        ({"DYNMASK_CARD": "/nowhere"}, "expected"),
+        ({"DYNMASK_POLICY": "gated:decode=keep"}, "gated: decode: expected 'select' under vLLM"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_the_first_token(tiny, tmp_path, own, message):
+    _, folder = tiny
+    found, said = ask(tmp_path, folder / "model", [[5, 6]], 1, own, check=False, **WHOLE)
+    assert not found
+    assert message in " ".join(said.split())
