@@ -14,7 +14,7 @@ import dynmask
 from dynmask import MaskCard, policies
 from dynmask.calibrate import DamSettings
 from tests.tiny import tiny_gemma3, tiny_llama, tiny_mistral
-from tests.vllm_run import ROOT, ask
+from tests.vllm_run import ROOT, Server, ask
 
 pytest.importorskip("vllm", reason="vLLM is not installed; see CONTRIBUTING.md")
 pytestmark = pytest.mark.slow
@@ -89,9 +89,11 @@ def test_prompts_of_5_to_3000_tokens_in_one_batch(tiny, tmp_path, policy, cut):
     if policy == "dam":
         own = {"DYNMASK_CARD": str(folder / "dam")}
         policy = f"dam:{folder / 'dam'}"
-    found, _ = ask(tmp_path, folder / "model", prompts, TOKENS, own, **cut)
+    found = ask(tmp_path, folder / "model", prompts, TOKENS, own, **cut)
     expected = answers(model, policies.parse(policy), prompts)
-    assert found == expected
+    assert found.tokens == expected
+    if cut is CHUNKED:
+        assert found.cached[-1] >= 2048, "the shared prefix was read twice"
     assert expected != answers(model, policies.Causal(), prompts), "the mask changes nothing"
 
 
@@ -101,10 +103,10 @@ def test_shipped_cards_on_the_reference_model(tmp_path, card, cut):
     name = json.loads((ROOT / "models/dynmask-reference/config.json").read_text())["vocab_size"]
     folder = _model_of(header["model"]["fingerprint"])
     prompts = prompts_of(name, (5, 37, 300, 1500))
-    found, said = ask(tmp_path, folder, prompts, TOKENS, {"DYNMASK_CARD": str(card)}, **cut)
+    found = ask(tmp_path, folder, prompts, TOKENS, {"DYNMASK_CARD": str(card)}, **cut)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    assert found == answers(model, MaskCard.from_pretrained(card).policy(), prompts)
-    assert "depend on where vLLM cuts" not in said
+    assert found.tokens == answers(model, MaskCard.from_pretrained(card).policy(), prompts)
+    assert "depend on where vLLM cuts" not in found.said
 
 
 def _model_of(fingerprint):
@@ -118,11 +120,9 @@ def test_a_choice_by_chunks_is_that_of_transformers_in_the_same_chunks(tiny, tmp
     model, folder = tiny
     prompt = prompts_of(256, (1000,))[:1]
     policy = "gated:window=32,columns=16"
-    found, said = ask(
-        tmp_path, folder / "model", prompt, TOKENS, {"DYNMASK_POLICY": policy}, **CHUNKED
-    )
-    assert "depend on where vLLM cuts a prompt" in said
-    assert found == answers(model, policies.parse(policy), prompt, chunk=256)
+    found = ask(tmp_path, folder / "model", prompt, TOKENS, {"DYNMASK_POLICY": policy}, **CHUNKED)
+    assert "depend on where vLLM cuts a prompt" in found.said
+    assert found.tokens == answers(model, policies.parse(policy), prompt, chunk=256)
 
 
 @pytest.mark.parametrize("make", [tiny_mistral, tiny_gemma3])
@@ -136,20 +136,20 @@ def test_sliding_windows_of_the_model_are_honoured(tmp_path, make):
     ):
         cut = cut | {"max_model_len": 1024, "max_num_batched_tokens": 1024 if cut is WHOLE else 256}
         own = {"DYNMASK_POLICY": policy}
-        found, _ = ask(tmp_path, tmp_path / "model", prompts, TOKENS, own, **cut)
-        assert found == answers(model, policies.parse(policy), prompts)
+        found = ask(tmp_path, tmp_path / "model", prompts, TOKENS, own, **cut)
+        assert found.tokens == answers(model, policies.parse(policy), prompts)
 
 
 @pytest.mark.parametrize("card", [GATED_CARD, RETAINED_CARD])
 def test_tensor_parallel_ranks_share_a_card(tmp_path, card):
     folder = _model_of(MaskCard.from_pretrained(card).header["model"]["fingerprint"])
     prompts = prompts_of(250, (5, 300, 1000))
-    found, _ = ask(
+    found = ask(
         tmp_path, folder, prompts, TOKENS, {"DYNMASK_CARD": str(card)}, tensor_parallel_size=2,
         **WHOLE,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    assert found == answers(model, MaskCard.from_pretrained(card).policy(), prompts)
+    assert found.tokens == answers(model, MaskCard.from_pretrained(card).policy(), prompts)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,42 @@ def test_tensor_parallel_ranks_share_a_card(tmp_path, card):
 )
 def test_what_cannot_be_served_is_refused_before_the_first_token(tiny, tmp_path, own, message):
     _, folder = tiny
-    found, said = ask(tmp_path, folder / "model", [[5, 6]], 1, own, check=False, **WHOLE)
-    assert not found
-    assert message in " ".join(said.split())
+    found = ask(tmp_path, folder / "model", [[5, 6]], 1, own, check=False, **WHOLE)
+    assert not found.tokens
+    assert message in " ".join(found.said.split())
+
+
+CHAT = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
+
+@torch.inference_mode()
+def test_the_server_answers_completions_and_chat(tmp_path):
+    """Started by ``dynmask serve`` with the shipped card, asked over HTTP, stopped."""
+    folder = _model_of(MaskCard.from_pretrained(GATED_CARD).header["model"]["fingerprint"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = "The first line says red. The second line says blue. " * 8 + "The first line says"
+    (tmp_path / "chat.jinja").write_text(CHAT)
+    passed_on = ["--max-model-len", "2048", "--chat-template", str(tmp_path / "chat.jinja")]
+    card = ["--card", str(GATED_CARD), "--dense-up-to", "64"]
+    greedy = {"model": str(folder), "temperature": 0, "max_tokens": TOKENS}
+    with Server(tmp_path, folder, card, passed_on) as server:
+        status, found = server.ask("/v1/completions", prompt=text, **greedy)
+        assert status == 200
+        asked = [{"role": "user", "content": text}]
+        status, chat = server.ask("/v1/chat/completions", messages=asked, **greedy)
+        assert status == 200 and chat["choices"][0]["message"]["content"]
+        # what cannot be answered is the asker's fault, and the next one is answered
+        long = "word " * 4000
+        for wrong in ({"prompt": long}, {"prompt": [10**7]}, {"prompt": text, "max_tokens": -1}):
+            status, _ = server.ask("/v1/completions", **greedy | wrong)
+            assert 400 <= status < 500
+        again = server.ask("/v1/completions", prompt=text, **greedy)[1]
+    assert server.process.returncode in (0, -2, 130)
+    assert any("DYNMASK_POLICY=gated:" in line for line in server.said)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) > 64
+    policy = MaskCard.from_pretrained(GATED_CARD).policy(dense_up_to=64)
+    expected = tokenizer.decode(answers(model, policy, [ids])[0])
+    for answer in (found, again):
+        assert answer["choices"][0]["text"] == expected

