@@ -78,7 +78,11 @@ WHOLE = ["--no-enable-chunked-prefill", "--no-enable-prefix-caching"]
 def test_prompts_stay_whole_where_the_choice_depends_on_it(here, become):
     model = here / "model"
     assert served(become, model, "--policy", "gated")[0][-2:] == WHOLE
-    for own in (["--policy", "gated", "--chunked"], ["--policy", "streaming"]):
+    for own in (
+        ["--policy", "gated", "--chunked"],
+        ["--policy", "streaming"],
+        ["--policy", "full"],
+    ):
         assert not set(WHOLE) & set(served(become, model, *own)[0])
     # what a user passes on comes last, and vLLM takes the last
     own = "--policy", "gated", "--", "--enable-prefix-caching"
@@ -132,6 +136,7 @@ def test_a_card_of_other_weights_is_refused(here, become, capsys, tmp_path):
     "own, message",
     [
         (["--policy", "nonsense"], "expected one of"),
+        (["--policy", "snapkv"], "several sequences at a time"),
         (["--policy", "gated:decode=keep"], "'select' under vLLM"),
         (["--policy", "streaming", "--dense-up-to", "9"], "beside --card"),
     ],
@@ -154,6 +159,14 @@ def test_without_vllm_the_remedy_is_named(here, monkeypatch, capsys):
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     assert cli.main(["serve", str(here / "model"), "--policy", "streaming"]) == 1
     assert "pip install 'dynmask[vllm]'" in capsys.readouterr().err
+
+
+def test_a_converted_model_is_served_by_its_own_scores(here, become, capsys, tmp_path):
+    assert "not converted" in refused(capsys, here / "model", "--policy", "dma")
+    dynmask.convert(tiny_llama(), width=20, window=8).save_pretrained(tmp_path / "converted")
+    command, environment = served(become, tmp_path / "converted", "--policy", "dma", "--", "--x")
+    assert command[-3:] == ["--load-format", "dynmask", "--x"]
+    assert environment["DYNMASK_POLICY"] == "dma"
 
 
 def test_other_commands_pass_nothing_on():

@@ -1,7 +1,10 @@
 """The vLLM plugin without vLLM: paged keys are read as keys that lie together would be."""
 
+import importlib
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -405,11 +408,44 @@ def test_the_files_of_a_model_tell_its_fingerprint(tmp_path):
     assert checkpoint_folder(str(tmp_path / "one")) == tmp_path / "one"
 
 
+def test_the_scores_of_a_converted_model_come_from_its_files(tmp_path):
+    pytest.importorskip("transformers")
+    import dynmask
+    from dynmask.integrations.vllm.converted import OwnScores
+    from tests.tiny import WINDOW, tiny_gemma3
+
+    model = dynmask.convert(tiny_gemma3(), width=20, window=8)  # every second layer slides
+    for layer in model.model.layers[1::2]:
+        torch.nn.init.normal_(layer.self_attn.dynmask_score.A, generator=draw())
+    model.save_pretrained(tmp_path)
+    policy = OwnScores.of_folder(tmp_path, 2, 16)
+    checks.check_policy(policy, config(num_hidden_layers=4))
+    value = torch.randn(1, 2, 30, 16, generator=draw())
+    score = model.model.layers[3].self_attn.dynmask_score
+    found = policy.scores(value, value, Layer(3))
+    torch.testing.assert_close(found, score(None, value).detach())
+    assert torch.equal(policy.bias(found, Layer(3)), score.bias(found))
+    assert policy.retention(3) == score.retention
+    query = torch.randn(1, 4, 30, 16, generator=draw())
+    mask, bias = ask(policy, Layer(2), "prefill", query, value, value, WINDOW, {})
+    assert bias is None and bool(mask.dense().sum(-1).max() == WINDOW)
+    assert checks.by_learned_scores(policy) and not checks.reads_keys(policy)
+    with pytest.raises(ValueError, match="values of all kv heads"):
+        checks.shard(policy, 0, 2, 2)
+    with pytest.raises(ValueError, match="scores of 2 kv heads, head dim 8"):
+        OwnScores.of_folder(tmp_path, 2, 8)
+
+
 def test_the_plugin_is_an_entry_point_and_imports_nothing_of_vllm():
     code = (
         "import sys; sys.modules['vllm'] = None\n"
         "import dynmask.integrations.vllm as plugin\n"
         "import dynmask.integrations.vllm.layer, dynmask.integrations.vllm.checks\n"
+        "import dynmask.integrations.vllm.converted\n"
         "assert callable(plugin.register)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    points = tomllib.loads(text)["project"]["entry-points"]["vllm.general_plugins"]
+    module, _, name = points["dynmask"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))

@@ -4,6 +4,7 @@ Runs where vLLM is installed (``CONTRIBUTING.md``); each engine is a process of 
 """
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import transformers
 import dynmask
 from dynmask import MaskCard, policies
 from dynmask.calibrate import DamSettings
-from tests.tiny import tiny_gemma3, tiny_llama, tiny_mistral
+from dynmask.nn import Retention
+from tests.tiny import tiny_gemma3, tiny_gpt_oss, tiny_llama, tiny_mistral
 from tests.vllm_run import ROOT, Server, ask
 
 pytest.importorskip("vllm", reason="vLLM is not installed; see CONTRIBUTING.md")
@@ -140,6 +142,31 @@ def test_sliding_windows_of_the_model_are_honoured(tmp_path, make):
         assert found.tokens == answers(model, policies.parse(policy), prompts)
 
 
+@pytest.mark.skipif(find_spec("vllm._C") is None, reason="experts need vLLM's compiled part")
+def test_attention_sinks_of_the_model_are_honoured(tmp_path):
+    """gpt-oss: sinks, a sliding layer and a full one, experts."""
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 150_000.0,
+        "factor": 4.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 256,
+    }
+    model = tiny_gpt_oss(sliding_window=48, rope_parameters=yarn)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(
+            layer.self_attn.sinks, 1.0, generator=torch.Generator().manual_seed(0)
+        )
+    model.save_pretrained(tmp_path / "model")
+    prompts = prompts_of(256, (5, 37, 300, 700))
+    own = {"DYNMASK_POLICY": "streaming:sinks=4,window=100"}
+    cut = CHUNKED | {"max_model_len": 1024}
+    found = ask(tmp_path, tmp_path / "model", prompts, TOKENS, own, **cut)
+    assert found.tokens == answers(model, policies.Streaming(4, 100), prompts)
+
+
 @pytest.mark.parametrize("card", [GATED_CARD, RETAINED_CARD])
 def test_tensor_parallel_ranks_share_a_card(tmp_path, card):
     folder = _model_of(MaskCard.from_pretrained(card).header["model"]["fingerprint"])
@@ -165,6 +192,30 @@ def test_what_cannot_be_served_is_refused_before_the_first_token(tiny, tmp_path,
     found = ask(tmp_path, folder / "model", [[5, 6]], 1, own, check=False, **WHOLE)
     assert not found.tokens
     assert message in " ".join(found.said.split())
+
+
+def test_a_converted_model_reads_by_its_own_scores(tmp_path):
+    model = dynmask.convert(tiny_llama(max_position_embeddings=1024), width=40, window=16, sinks=2)
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.layers):
+            score, g = layer.self_attn.dynmask_score, torch.Generator().manual_seed(number)
+            score.dt_proj.weight.normal_(std=0.5, generator=g)
+            score.A.fill_(0.5)
+    layer.self_attn.dynmask_score.retention = Retention((30, 50), 16, 2)
+    model.save_pretrained(tmp_path / "model")
+    prompts = prompts_of(256, (5, 37, 300, 700))
+    own = CHUNKED | {"max_model_len": 1024, "load_format": "dynmask"}
+    found = ask(tmp_path, tmp_path / "model", prompts, TOKENS, {"DYNMASK_POLICY": "dma"}, **own)
+    model = dynmask.load_converted(tmp_path / "model")
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        expected.append(out[0, len(prompt) :].tolist())
+    assert found.tokens == expected
 
 
 CHAT = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"

@@ -25,6 +25,7 @@ examples:
   dynmask serve MODEL --card my-card
   dynmask serve MODEL --card my-card --port 8001 -- --max-model-len 131072
   dynmask serve MODEL --policy streaming:sinks=4,window=4096 -- --tensor-parallel-size 2
+  dynmask serve CONVERTED --policy dma
   dynmask serve MODEL --card my-card --print-only
 
 What follows -- goes to vLLM as it is. A policy that chooses by the last tokens that are
@@ -32,6 +33,9 @@ read at once (gated, vertical_slash, ...) is served with whole prompts and witho
 cached prefixes, so that an answer does not depend on what else is served; --chunked
 leaves both to vLLM. docs/serving.md tells it all.
 """
+
+OWN_SCORES = "dma"
+"""The policy of a model that ``dynmask.convert`` changed, by its own scores."""
 
 DENSE_UP_TO = 2048
 """Tokens up to which a gated card's prompts are read whole by default: choosing among so few costs
@@ -45,7 +49,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--card", metavar="CARD", help="folder or hub name of a mask card")
-    what.add_argument("--policy", metavar="POLICY", help=POLICY_HELP)
+    what.add_argument(
+        "--policy",
+        metavar="POLICY",
+        help=f"{POLICY_HELP}; dma is the policy of a model that dynmask.convert changed",
+    )
     command.add_argument(
         "--dense-up-to",
         type=int,
@@ -103,6 +111,8 @@ def command_of(
     for name in ("host", "port"):
         if getattr(arguments, name) is not None:
             command += [f"--{name}", str(getattr(arguments, name))]
+    if policy == OWN_SCORES:
+        return [*command, "--load-format", "dynmask", *passed_on]
     if not parse(policy).causal and not arguments.chunked:
         command += ["--no-enable-chunked-prefill", "--no-enable-prefix-caching"]
     return [*command, *passed_on]
@@ -139,8 +149,11 @@ def _check(model: str, spec: str) -> None:
     from dynmask.integrations.vllm.checks import check_policy
     from dynmask.policies import parse
 
-    policy: Any = parse(spec)
     config = _config(model)
+    if spec == OWN_SCORES:
+        _check_converted(model, config)
+        return
+    policy = parse(spec)
     card = getattr(policy, "card", None)
     check_policy(policy, config, None if card is None else card.header["model"])
     if card is None:
@@ -154,6 +167,14 @@ def _check(model: str, spec: str) -> None:
             f"mask card: expected the weights that it was calibrated on, received those of {model}"
             ". Masks fit one set of weights: calibrate this model with dynmask calibrate."
         )
+
+
+def _check_converted(model: str, config: Any) -> None:
+    """Raise ValueError unless a model was converted and its scores are here."""
+    from dynmask.integrations.vllm.checks import head_dim_of, shape_of
+    from dynmask.integrations.vllm.converted import OwnScores
+
+    OwnScores.of_folder(model, shape_of(config)[2], head_dim_of(config))
 
 
 def _config(model: str) -> Any:

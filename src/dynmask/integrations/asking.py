@@ -27,6 +27,11 @@ def chooses(policy: Any, index: int) -> bool:
     return retention.most > retention.sinks + retention.window
 
 
+def _is_causal(policy: Any) -> bool:
+    """Whether a policy is known to read every key."""
+    return isinstance(policy, Causal)
+
+
 def ask(
     policy: Any,
     layer: Layer,
@@ -58,7 +63,7 @@ def ask(
     limited = window is not None and keys > window
     by_score = chooses(policy, layer.index)
     dense = (
-        isinstance(policy, Causal)
+        _is_causal(policy)
         or (phase == "decode" and policy.phase == "prefill")
         # what a layer's own window has dropped can no longer be ranked
         or (by_score and window is not None)
@@ -82,6 +87,7 @@ def ask(
         with torch.set_grad_enabled(trains):
             scores = policy.scores(key, value, layer) if scores is None else scores
             bias = policy.bias(scores, layer)
+        assert scores is not None
         mask: Any = policy.retention(layer.index).mask(scores.detach(), queries)
     else:
         with torch.no_grad():

@@ -21,6 +21,7 @@ def register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    from .checks import OWN_SCORES
     from .settings import CARD, POLICY
 
     cuda = current_platform.is_cuda()
@@ -29,6 +30,10 @@ def register() -> None:
     if current_platform.is_cpu() and (os.environ.get(CARD) or os.environ.get(POLICY)):
         # the CPU platform takes its own backend whatever was asked for, through this table
         register_backend(AttentionBackendEnum.CPU_ATTN, path)
+    if os.environ.get(POLICY) == OWN_SCORES:
+        from .converted import register_loader
+
+        register_loader()
 
 
 __all__ = ["BACKEND", "register"]

@@ -15,6 +15,15 @@ from ...scores import Score
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
+OWN_SCORES = "dma"
+"""The text form of the policy of a converted model itself."""
+
+
+def head_dim_of(config: Any) -> int:
+    """Dimensions of a key and of a value."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def shape_of(config: Any) -> tuple[int, int, int]:
     """Layers, query heads and kv heads of a model's text configuration, all ranks together."""
     heads = config.num_attention_heads
@@ -166,10 +175,12 @@ def note_on_chunks(policy: Any, chunks: bool, prefixes: bool) -> str | None:
 
 
 __all__ = [
+    "OWN_SCORES",
     "by_learned_scores",
     "check_engine",
     "check_layer",
     "check_policy",
+    "head_dim_of",
     "layer_index",
     "note_on_chunks",
     "reads_keys",

@@ -14,10 +14,12 @@ from ...errors import bad
 from ...policies import parse
 from ..rotary import turn_back
 from .checks import (
+    OWN_SCORES,
     by_learned_scores,
     check_engine,
     check_layer,
     check_policy,
+    head_dim_of,
     layer_index,
     note_on_chunks,
     reads_keys,
@@ -43,7 +45,7 @@ class Engine:
     def __init__(self, settings: Settings, config: VllmConfig) -> None:
         model = config.model_config
         text = model.hf_text_config
-        policy = parse(settings.policy)
+        policy = _policy(settings.policy, str(model.model), text)
         card = getattr(policy, "card", None)
         check_policy(policy, text, None if card is None else card.header["model"])
         check_engine(config, policy)
@@ -150,6 +152,19 @@ class Parts:
             rest = self._window, self._s_aux, self.engine.impl, unrotate
             self._layer = PagedLayer(policy, layer_index(name), *self._sizes, *rest)
         return self._layer
+
+
+def _policy(spec: str, model: str, config: Any) -> Any:
+    """A policy by its text form, or that of a converted model itself."""
+    if spec != OWN_SCORES:
+        return parse(spec)
+    from ..checkpoint import checkpoint_folder
+    from .converted import OwnScores
+
+    folder = checkpoint_folder(model)
+    if folder is None:
+        raise bad("dma", "a converted model whose files are here", repr(model))
+    return OwnScores.of_folder(folder, shape_of(config)[2], head_dim_of(config))
 
 
 def _unrotate(first: int) -> Callable[[Tensor], Tensor]:

@@ -129,18 +129,16 @@ class FlashImpl(FlashAttentionImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """Attention of a step, written into ``output`` [tokens, h, d]."""
-        own = None if attn_metadata is None else self._parts.layer(layer.layer_name)
-        if own is None or own.reads_all(attn_metadata.dynmask):
-            if own is not None:
-                pages = Pages.of(kv_cache, self.num_kv_heads, self.head_size)
-                own.note_scores(pages, attn_metadata.dynmask)
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
-                output_block_scale,
-            )  # fmt: skip
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("dynmask: expected plain outputs, received a scale for them")
-        own.attend(kv_cache, attn_metadata.dynmask, query, key, value, output)
+        step = layer, query, key, value, kv_cache, attn_metadata, output
+        if attn_metadata is None:  # vLLM measures what a step takes
+            return super().forward(*step)
+        own, batch = self._parts.layer(layer.layer_name), attn_metadata.dynmask
+        if own.reads_all(batch):
+            own.note_scores(Pages.of(kv_cache, self.num_kv_heads, self.head_size), batch)
+            return super().forward(*step)
+        own.attend(kv_cache, batch, query, key, value, output)
         return output
 
 
