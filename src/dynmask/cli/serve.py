@@ -37,7 +37,7 @@ leaves both to vLLM. docs/serving.md tells it all.
 OWN_SCORES = "dma"
 """The policy of a model that ``dynmask.convert`` changed, by its own scores."""
 
-DENSE_UP_TO = 2048
+DENSE_UP_TO = 8192
 """Tokens up to which a gated card's prompts are read whole by default: choosing among so few costs
 a GPU more than it saves (``docs/generator.md``)."""
 
