@@ -29,6 +29,11 @@ def silu_and_mul(out: Tensor, both: Tensor) -> None:
     out.copy_(torch.nn.functional.silu(gate) * up)
 
 
+def gelu_tanh_and_mul(out: Tensor, both: Tensor) -> None:
+    gate, up = both.chunk(2, -1)
+    out.copy_(torch.nn.functional.gelu(gate, approximate="tanh") * up)
+
+
 def rms_norm(out: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> None:
     wide = x.float()
     size = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
@@ -64,6 +69,7 @@ OPERATORS = (
     ),
     ("greedy_argmax(Tensor logits) -> Tensor", lambda logits: logits.argmax(-1)),
     ("silu_and_mul(Tensor(a!) out, Tensor input) -> ()", silu_and_mul),
+    ("gelu_tanh_and_mul(Tensor(a!) out, Tensor input) -> ()", gelu_tanh_and_mul),
     (
         "rms_norm(Tensor(a!) result, Tensor input, Tensor weight, float epsilon) -> ()",
         rms_norm,
