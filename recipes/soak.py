@@ -216,8 +216,21 @@ class Server:
             if "Application startup complete" in line:
                 self._reader = threading.Thread(target=self._listen, daemon=True)
                 self._reader.start()
+                self._connect()
                 return
         raise RuntimeError("the server did not start:\n" + "".join(said[-60:]))
+
+    def _connect(self) -> None:
+        """Wait until it listens, which is a moment after it says that it is ready."""
+        stop, pause = time.monotonic() + STOP_S, threading.Event()
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 10).close()
+                return
+            except ConnectionRefusedError:
+                if time.monotonic() > stop:
+                    raise
+                pause.wait(0.05)
 
     def _listen(self) -> None:
         """Keep what is said in a file, so that the pipe never fills."""

@@ -14,6 +14,7 @@ from dynmask import policies
 from dynmask.card import fingerprint
 from dynmask.integrations.asking import ask, compute
 from dynmask.integrations.vllm import checks
+from dynmask.integrations.vllm import layer as paged_layer
 from dynmask.integrations.vllm.batch import Batch, Request
 from dynmask.integrations.vllm.layer import PagedLayer, reads_all
 from dynmask.integrations.vllm.pages import Pages, Scores
@@ -89,21 +90,21 @@ class Step:
 
     def paged(self, policy, window=None, s_aux=None, impl="auto", before=None):
         """Attention of the step by the plugin's layer; ``before`` an earlier layer's scores."""
-        layer = PagedLayer(
+        own = PagedLayer(
             policy, 0, self.query.shape[1], GROUPS, DIM, DIM**-0.5, window, s_aux, impl
         )
-        self._score_the_past(layer)
+        self._score_the_past(own)
         out = torch.full_like(self.query, float("nan"))
         rest = self.query, self.new(self.keys), self.new(self.values), out
-        layer.attend(self.cache, self.batch, *rest)
+        own.attend(self.cache, self.batch, *rest)
         return out
 
-    def _score_the_past(self, layer):
+    def _score_the_past(self, own):
         """What earlier steps have left: scores of the keys before this one."""
         past = [(row, r.before) for row, r in enumerate(self.batch) if r.before]
         for row, n in past:
             earlier = Batch([0, n], [n], self.batch.table[row : row + 1])
-            layer.note_scores(Pages(self.cache), earlier)
+            own.note_scores(Pages(self.cache), earlier)
 
     def together(self, policy, window=None, s_aux=None, impl="auto"):
         """The same by what the transformers adapter calls, each sequence alone."""
@@ -164,7 +165,7 @@ def test_decoded_tokens_gather_no_keys_where_nobody_looks(monkeypatch):
 def test_all_layers_share_the_lists_of_a_step(monkeypatch):
     step = Step(requests=((70, 1), (40, 1)))
     first = step.paged(Streaming(3, 9))
-    monkeypatch.setattr(Pages, "slots", None)
+    monkeypatch.setattr(paged_layer, "paged", None)
     assert torch.equal(step.paged(Streaming(3, 9)), first)
 
 
@@ -202,9 +203,9 @@ def test_scores_come_along_with_pages_of_a_shared_prefix():
         place = torch.arange(r.keys)
         slots = step.batch.table[r.number, place // SIZE].long() * SIZE + place % SIZE
         pages.write(slots, k[0].transpose(0, 1), v[0].transpose(0, 1))
-    layer = PagedLayer(policy, 0, HEADS, GROUPS, DIM, DIM**-0.5)
+    own = PagedLayer(policy, 0, HEADS, GROUPS, DIM, DIM**-0.5)
     out = torch.empty_like(step.query)
-    layer.attend(step.cache, step.batch, step.query, None, None, out)
+    own.attend(step.cache, step.batch, step.query, None, None, out)
     torch.testing.assert_close(out, step.together(policy))
 
 
@@ -220,7 +221,21 @@ def test_scores_lie_where_their_pages_say():
     assert scores.nbytes * 2 * DIM == cache.numel() * 4
 
 
-@pytest.mark.parametrize("shape", [(2, PAGES, SIZE, GROUPS, DIM), (PAGES, SIZE, GROUPS, 2 * DIM)])
+def test_padding_is_written_nowhere():
+    cache = torch.zeros(PAGES, GROUPS, SIZE, 2 * DIM)
+    rows = torch.ones(3, GROUPS, DIM)
+    Pages(cache).write(torch.tensor([-1, 5, -1]), rows, rows)
+    assert cache.sum() == cache[0, :, 5].sum() == GROUPS * 2 * DIM
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, PAGES, SIZE, GROUPS, DIM),
+        (PAGES, SIZE, GROUPS, 2 * DIM),
+        (PAGES, GROUPS, SIZE, DIM),
+    ],
+)
 def test_layouts_that_are_not_known_are_refused(shape):
     with pytest.raises(ValueError, match="vLLM's cache: expected"):
         Pages.of(torch.zeros(shape), GROUPS, DIM)

@@ -194,6 +194,28 @@ def test_what_cannot_be_served_is_refused_before_the_first_token(tiny, tmp_path,
     assert message in " ".join(found.said.split())
 
 
+@pytest.mark.parametrize(
+    "policy, cut",
+    [
+        ("streaming:sinks=4,window=400", CHUNKED),
+        ("gated:window=32,columns=16,dense_up_to=400", WHOLE),
+    ],
+)
+def test_the_backend_of_gpus_leaves_what_is_read_whole_to_flash_attention(
+    tiny, tmp_path, policy, cut
+):
+    """vLLM's FlashAttention backend with its functions in tensor operations."""
+    model, folder = tiny
+    prompts = prompts_of(256)
+    own = {"DYNMASK_POLICY": policy, "DYNMASK_TEST_FLASH": "1"}
+    found = ask(tmp_path, folder / "model", prompts, TOKENS, own, **cut)
+    assert found.tokens == answers(model, policies.parse(policy), prompts)
+    assert "'chosen'" in found.said
+    short = ask(tmp_path, folder / "model", prompts[:3], TOKENS, own, **cut)
+    assert short.tokens == found.tokens[:3]
+    assert "'dense'" in short.said and "'chosen'" not in short.said
+
+
 def test_a_converted_model_reads_by_its_own_scores(tmp_path):
     model = dynmask.convert(tiny_llama(max_position_embeddings=1024), width=40, window=16, sinks=2)
     with torch.no_grad():
@@ -242,6 +264,9 @@ def test_the_server_answers_completions_and_chat(tmp_path):
         for wrong in ({"prompt": long}, {"prompt": [10**7]}, {"prompt": text, "max_tokens": -1}):
             status, _ = server.ask("/v1/completions", **greedy | wrong)
             assert 400 <= status < 500
+        for _ in range(2):
+            endless = greedy | {"max_tokens": 1500, "ignore_eos": True}
+            server.hang_up("/v1/completions", prompt=text, **endless)
         again = server.ask("/v1/completions", prompt=text, **greedy)[1]
     assert server.process.returncode in (0, -2, 130)
     assert any("DYNMASK_POLICY=gated:" in line for line in server.said)

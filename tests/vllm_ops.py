@@ -6,6 +6,7 @@ there, nothing is replaced. vLLM calls :func:`register` in every process, as one
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -89,6 +90,10 @@ OPERATORS = (
 
 def register() -> None:
     """Define the operators, unless vLLM's compiled part is there."""
+    if os.environ.get("DYNMASK_TEST_FLASH"):
+        from tests.vllm_flash import register as register_flash
+
+        register_flash()
     if _kept or find_spec("vllm._C") is not None:
         return
     library = torch.library.Library("_C", "FRAGMENT")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -141,7 +142,12 @@ class Server:
             raise AssertionError("".join(self.said)[-4000:])
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
-        return self
+        while True:  # it listens a moment after it has said so
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 60).close()
+                return self
+            except ConnectionRefusedError:
+                assert self.process.poll() is None
 
     def _listen(self) -> None:
         """Keep what is said, so that the pipe never fills."""
@@ -156,6 +162,15 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
             raise
         self._reader.join(10)
+
+    def hang_up(self, path: str, **body: Any) -> None:
+        """Ask for a streamed answer and go away after its first bytes."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        head = {"Content-Type": "application/json"}
+        connection.request("POST", path, json.dumps(body | {"stream": True}), head)
+        answer = connection.getresponse()
+        assert answer.status == 200 and answer.read(16)
+        connection.close()
 
     def ask(self, path: str, **body: Any) -> tuple[int, Any]:
         """Status and answer of one request."""
