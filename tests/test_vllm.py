@@ -88,10 +88,10 @@ class Step:
         ]
         return torch.cat(parts)
 
-    def paged(self, policy, window=None, s_aux=None, impl="auto", before=None):
-        """Attention of the step by the plugin's layer; ``before`` an earlier layer's scores."""
+    def paged(self, policy, window=None, s_aux=None, impl="auto", index=0):
+        """Attention of the step by the plugin's layer."""
         own = PagedLayer(
-            policy, 0, self.query.shape[1], GROUPS, DIM, DIM**-0.5, window, s_aux, impl
+            policy, index, self.query.shape[1], GROUPS, DIM, DIM**-0.5, window, s_aux, impl
         )
         self._score_the_past(own)
         out = torch.full_like(self.query, float("nan"))
@@ -106,14 +106,14 @@ class Step:
             earlier = Batch([0, n], [n], self.batch.table[row : row + 1])
             own.note_scores(Pages(self.cache), earlier)
 
-    def together(self, policy, window=None, s_aux=None, impl="auto"):
+    def together(self, policy, window=None, s_aux=None, impl="auto", index=0):
         """The same by what the transformers adapter calls, each sequence alone."""
         out = torch.empty_like(self.query)
         for r, k, v in zip(self.batch, self.keys, self.values, strict=True):
             first = 0 if window is None else max(r.before - window + 1, 0)
             q = self.query[r.start : r.stop].transpose(0, 1)[None]
             k, v = k[:, :, first:], v[:, :, first:]
-            mask, bias = ask(policy, Layer(0, first), r.phase, q, k, v, window, {})
+            mask, bias = ask(policy, Layer(index, first), r.phase, q, k, v, window, {})
             found = compute(q, k, v, mask, bias, DIM**-0.5, s_aux, impl)
             out[r.start : r.stop] = found[0].transpose(0, 1)
         return out
@@ -167,6 +167,19 @@ def test_all_layers_share_the_lists_of_a_step(monkeypatch):
     first = step.paged(Streaming(3, 9))
     monkeypatch.setattr(paged_layer, "paged", None)
     assert torch.equal(step.paged(Streaming(3, 9)), first)
+
+
+def test_layers_that_choose_for_themselves_share_none():
+    step = Step(requests=((70, 1), (40, 1)))
+    for index in (0, 1):
+        found = step.paged(POLICIES["retained"], index=index)
+        torch.testing.assert_close(found, step.together(POLICIES["retained"], index=index))
+
+
+def test_a_first_token_is_a_prompt_and_padding_is_no_request():
+    batch = Batch([0, 1, 2, 9, 9], [1, 5, 7, 3], torch.zeros(4, 1))
+    assert [r.phase for r in batch] == ["prefill", "decode", "prefill"]
+    assert [r.before for r in batch] == [0, 4, 0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
