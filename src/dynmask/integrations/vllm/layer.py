@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -186,8 +185,8 @@ class PagedLayer:
             return nothing, nothing
         return pages.gather(batch.table[request.number], first, request.keys)
 
-    def _list(self, pages: Pages, batch: Batch, request: Request, mask: Mask) -> Plan:
-        """The slots that a decoded token reads: a plan of one tile."""
+    def _list(self, pages: Pages, batch: Batch, request: Request, mask: Mask) -> Lists:
+        """The slots that a decoded token reads."""
         first = self._first(request)
         name = ("slots", request.number, pages.step, pages.size, first)
         slots = batch.memo.get(name)
@@ -197,8 +196,26 @@ class PagedLayer:
         return paged(mask, slots)
 
 
-def paged(mask: Mask, slots: Tensor) -> Plan:
-    """The plan of a mask of one query row, its keys replaced by the slots in which they lie.
+class Lists(NamedTuple):
+    """Slots that one query row reads: those of 1 head for all, of the kv heads or the query heads.
+
+    Attributes:
+        index: int32 [heads, cap], the slots, then anything.
+        count: int32 [heads], how many there are.
+    """
+
+    index: Tensor
+    count: Tensor
+
+    def expand(self, heads: int, cap: int) -> Lists:
+        """The same for so many heads (grouped order), with room for so many slots."""
+        times, more = heads // len(self.count), cap - self.index.shape[1]
+        index = torch.nn.functional.pad(self.index, (0, more))
+        return Lists(*(x.repeat_interleave(times, 0) for x in (index, self.count)))
+
+
+def paged(mask: Mask, slots: Tensor) -> Lists:
+    """What a mask of one query row lets through, its keys replaced by the slots where they lie.
 
     A list of single keys that the one row sees needs no rule: a kernel never looks at what number
     a key has. So the kernels read pages as they lie.
@@ -209,36 +226,35 @@ def paged(mask: Mask, slots: Tensor) -> Plan:
     """
     if mask.queries != 1:
         raise bad("paged", "a mask of one query row", mask.queries)
-    # fused, a plain causal mask would become blocks of keys
-    plan = mask.lower(tile=1, fused=False if mask.is_causal else None).single_keys()
-    index = slots[plan.index.clamp(0, len(slots) - 1).long()]
-    return replace(plan, index=index, full=plan.count, death=None, bits=None)
+    if mask.is_causal:
+        return Lists(slots[None], torch.full_like(slots[:1], len(slots)))
+    plan = mask.lower(tile=1).single_keys()
+    index = plan.index[:, 0].clamp(0, len(slots) - 1)  # padding may be anything
+    return Lists(slots[index.long()], plan.count[:, 0])
 
 
-def join(plans: list[Plan], slots: int) -> Plan:
+def join(lists: list[Lists], slots: int) -> Plan:
     """One plan of single rows: request i is query row i.
 
     Args:
-        plans: as :func:`paged` makes them.
+        lists: of each request.
         slots: of the whole cache.
     """
-    heads, cap = max(p.heads for p in plans), max(p.index.shape[-1] for p in plans)
-    plans = [plan.expand_heads(heads) for plan in plans]
-    pad = torch.nn.functional.pad
-    number = torch.arange(len(plans), dtype=torch.int32, device=plans[0].device)
-    one = torch.ones_like(number)
-    count = torch.cat([plan.count for plan in plans], 1)
+    heads, cap = (max(x.index.shape[i] for x in lists) for i in (0, 1))
+    wide = [own.expand(heads, cap) for own in lists]
+    number = torch.arange(len(lists), dtype=torch.int32, device=wide[0].index.device)
+    count = torch.stack([own.count for own in wide], 1)
     return Plan(
         batch=torch.zeros_like(number),
         row=number,
-        rows=one,
+        rows=torch.ones_like(number),
         position=number,
-        index=torch.cat([pad(p.index, (0, cap - p.index.shape[-1])) for p in plans], 1),
+        index=torch.stack([own.index for own in wide], 1),
         full=count,
         count=count,
         tile=1,
-        shape=(1, len(plans), slots),
+        shape=(1, len(lists), slots),
     )
 
 
-__all__ = ["PagedLayer", "join", "paged", "reads_all"]
+__all__ = ["Lists", "PagedLayer", "join", "paged", "reads_all"]
