@@ -53,9 +53,10 @@ def refused(capsys, *arguments):
     return err
 
 
-def test_the_command_is_printed_and_run(here, become, capsys):
+def test_the_command_is_printed_and_run(here, become, capsys, monkeypatch):
+    monkeypatch.chdir(here)  # vLLM's processes may be started elsewhere
     command, environment = served(
-        become, here / "model", "--card", here / "dam", "--port", 8123, "--", "--max-model-len", 99
+        become, here / "model", "--card", "dam", "--port", 8123, "--", "--max-model-len", 99
     )
     assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
     assert command[4] == str(here / "model")
