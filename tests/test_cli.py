@@ -15,7 +15,7 @@ from dynmask.cli.common import policy_label, resolve_policy
 from dynmask.policies import Streaming
 from tests.stand_in import save_stand_in, stand_in_tokenizer
 
-COMMANDS = ("calibrate", "generate", "evaluate", "inspect")
+COMMANDS = ("calibrate", "generate", "evaluate", "inspect", "serve")
 
 
 @pytest.fixture(scope="module")

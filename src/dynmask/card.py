@@ -31,6 +31,7 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -307,15 +308,30 @@ def fingerprint(model: nn.Module) -> str:
     the same checkpoint gives the same fingerprint in float32 and in bfloat16 and on any device.
     Parameters that are split over processes are gathered one at a time: every process calls this.
     """
+    return fingerprint_of(model, _samples_of(model))
+
+
+def fingerprint_of(
+    model: nn.Module, samples: Iterable[tuple[str, tuple[int, ...], list[float]]]
+) -> str:
+    """The fingerprint of a model's shape and of samples of its weights.
+
+    `samples` holds name, shape and sample (see `sampled`) of every parameter, in order of names.
+    """
     digest = hashlib.sha256(json.dumps(_shape_of(_config_of(model)), sort_keys=True).encode())
+    for name, shape, sample in samples:
+        digest.update(f"{name} {shape} {sample}\n".encode())
+    return digest.hexdigest()
+
+
+def _samples_of(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], list[float]]]:
     for name, parameter in sorted(model.named_parameters()):
         if parameter.is_meta:
             raise ValueError(
                 f"model: expected loaded weights, received {name} on the meta device. "
                 "Load the weights before you calibrate or check a card."
             )
-        digest.update(f"{name} {tuple(parameter.shape)} {_sample(whole(parameter))}\n".encode())
-    return digest.hexdigest()
+        yield name, tuple(parameter.shape), _sample(whole(parameter))
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
@@ -331,9 +347,13 @@ def whole(parameter: Tensor) -> Tensor:
 
 def _sample(parameter: Tensor) -> list[float]:
     flat = parameter.detach().reshape(-1)
-    count = min(_SAMPLES_PER_PARAMETER, flat.numel())
-    index = torch.tensor([i * flat.numel() // count for i in range(count)], dtype=torch.long)
-    values = flat[index.to(flat.device)]
+    return sampled(flat.numel(), lambda at: flat[torch.tensor(at).to(flat.device)])
+
+
+def sampled(numel: int, read: Callable[[list[int]], Tensor]) -> list[float]:
+    """The numbers that stand for a parameter of so many, rounded; `read` gives those at places."""
+    count = min(_SAMPLES_PER_PARAMETER, numel)
+    values = read([i * numel // count for i in range(count)])
     if values.is_floating_point():
         values = values.to(torch.bfloat16)
     return values.cpu().tolist()

@@ -157,6 +157,23 @@ class Plan:
         """Pairs that a kernel computes, boundary entries whole: int64 [heads]."""
         return (self.count.long() * self.block * self.rows.long()).sum(-1)
 
+    def single_keys(self) -> Plan:
+        """Key blocks under the causal rule as single keys; any other plan as it is."""
+        if self.block == 1 or self.bits is not None or self.death is not None:
+            return self
+        span = torch.arange(self.block, dtype=torch.int32, device=self.device)
+        index = (self.index[..., None] + span).flatten(-2)
+        # of the boundary, which ascends, the keys after the tile's last row are at the end
+        full, count, stop = (
+            self.full * self.block,
+            self.count * self.block,
+            self.position + self.rows,
+        )
+        slot = torch.arange(index.shape[-1], device=self.device)
+        late = (slot >= full[..., None]) & (slot < count[..., None]) & (index >= stop[:, None])
+        count = count - late.sum(-1, dtype=torch.int32)
+        return replace(self, index=index, full=full, count=count, block=1)
+
     def expand_heads(self, heads: int) -> Plan:
         """The same plan with its lists repeated for ``heads`` heads (grouped order)."""
         if heads == self.heads:

@@ -50,6 +50,11 @@ class Retention:
         """Keys that one query reads at most."""
         return self.width if isinstance(self.width, int) else max(self.width)
 
+    @property
+    def least(self) -> int:
+        """Keys that a query of every kv head may read: up to so many are all read."""
+        return self.width if isinstance(self.width, int) else min(self.width)
+
     def mask(self, scores: Tensor, queries: int | None = None) -> LifetimeMask:
         """The mask of scores [b, g, k], for the last ``queries`` of the keys."""
         return LifetimeMask.retained(scores, self.width, self.window, self.sinks, queries=queries)

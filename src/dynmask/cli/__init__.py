@@ -1,4 +1,4 @@
-"""The command line: ``dynmask calibrate | generate | evaluate | inspect``.
+"""The command line: ``dynmask calibrate | generate | evaluate | inspect | serve``.
 
 Importing this package reads no model library; every command loads what it needs when it runs.
 """
@@ -11,12 +11,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from . import calibrate, evaluate, generate, inspect
+from . import calibrate, evaluate, generate, inspect, serve
 from .common import FAILURE, INTERRUPTED, USAGE, say
 
 __all__ = ["main", "parser"]
 
-COMMANDS = (calibrate, generate, evaluate, inspect)
+COMMANDS = (calibrate, generate, evaluate, inspect, serve)
 
 DESCRIPTION = """\
 Dynamic attention masks for long-context language models: choose which keys each
@@ -27,6 +27,7 @@ a first session:
   dynmask generate  --model MODEL --policy dam:my-card --file long.txt
   dynmask evaluate  --model MODEL --policy full --policy streaming --task needle
   dynmask inspect   my-card --out masks.png            draw what the masks let through
+  dynmask serve     MODEL --card my-card               answer over HTTP, by vLLM
 
 MODEL is a folder or a Hugging Face hub name of any causal language model.
 """
@@ -62,8 +63,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a usage error leaves through ``SystemExit(2)``."""
     top = parser()
-    arguments = top.parse_args(argv)
-    arguments.command_line = shlex.join(["dynmask", *(sys.argv[1:] if argv is None else argv)])
+    given = list(sys.argv[1:] if argv is None else argv)
+    own, passed_on = _split(given)
+    arguments = top.parse_args(own)
+    if passed_on and arguments.command != "serve":
+        top.error(f"arguments after --: expected none but for serve, received {passed_on[0]}")
+    arguments.passed_on = passed_on
+    arguments.command_line = shlex.join(["dynmask", *given])
     if arguments.command is None:
         top.print_help()
         return USAGE
@@ -84,6 +90,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not isinstance(error, ValueError):
                 say("(run again with --debug for the full traceback)")
         return USAGE if isinstance(error, ValueError) else FAILURE
+
+
+def _split(given: list[str]) -> tuple[list[str], list[str]]:
+    """Our arguments, and what follows ``--``: those of a program that a command starts."""
+    if "--" not in given:
+        return given, []
+    at = given.index("--")
+    return given[:at], given[at + 1 :]
 
 
 def _version() -> str:

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..attention import attention
 from ..cache import Live
 from ..errors import bad
 from ..masks import LifetimeMask, Mask, MixedMask, PlacedMask
-from ..policies import Causal, Gated, Layer
+from ..policies import Gated, Layer
 from ..policies.base import Glancing, evicts
 from ..policies.blocks import Pools
+from .asking import ask, chooses, compute
 from .cache import BoundedCache
 from .calls import NO_CALL, Call, take_call
 from .checks import check_call
@@ -245,7 +245,7 @@ class Adapter:
         unrotate = unrotate_of(site.module, site.call, rows, slice(0, query.shape[2]), 0)
         first_key = min(where.first_keys, default=0)
         layer = Layer(site.index, first_key, unrotate)
-        own_window = _chooses(policy, site.index) and where.window is not None
+        own_window = chooses(policy, site.index) and where.window is not None
         if own_window:
             scores = torch.zeros(key.shape[:3], device=key.device)
         else:
@@ -296,50 +296,8 @@ class Adapter:
         self, site: Site, phase: str, layer: Layer, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Mask, Tensor | None]:
         """The mask of one sequence (or of equal ones), within the model's window, and a bias."""
-        policy, where = site.policy, site.where
-        keys, queries = key.shape[2], query.shape[2]
-        limited = where.window is not None and keys > where.window
-        chooses = _chooses(policy, site.index)
-        dense = (
-            isinstance(site.policy, Causal)
-            or (phase == "decode" and policy.phase == "prefill")
-            # what a layer's own window has dropped can no longer be ranked
-            or (chooses and where.window is not None)
-        )
-        own: Mask | None = None
-        if dense or limited:
-            # neither depends on the layer: made once per forward
-            size = keys, queries, limited, str(key.device)
-            own = where.memo.get(size)
-            if own is None:
-                own = LifetimeMask.causal(keys, queries, device=key.device)
-                if limited:
-                    assert where.window is not None
-                    own = LifetimeMask.window(keys, where.window, queries, device=key.device)
-                where.memo[size] = own
-            if dense:
-                return own, None
-        bias = None
-        if chooses:
-            trains = getattr(policy, "trains", False) and torch.is_grad_enabled()
-            with torch.set_grad_enabled(trains):
-                scores = policy.scores(key, value, layer)
-                bias = policy.bias(scores, layer)
-            mask: Any = policy.retention(site.index).mask(scores.detach(), queries)
-        else:
-            with torch.no_grad():
-                if getattr(policy, "soft", False):
-                    mask, bias = policy.biased(query.detach(), key.detach(), layer)
-                else:
-                    mask = policy(query.detach(), key.detach(), value.detach(), layer)
-        if not isinstance(mask, Mask) or (mask.keys, mask.queries) != (keys, queries):
-            got = f"{mask.queries} x {mask.keys}" if isinstance(mask, Mask) else type(mask).__name__
-            raise ValueError(
-                f"policy {policy.name}: expected a mask of {queries} queries x {keys} keys "
-                f"for layer {site.index}, received {got}; a policy answers for the tensors it is "
-                "given"
-            )
-        return (mask if own is None else mask & own), bias  # type: ignore[operator]
+        where = site.where
+        return ask(site.policy, layer, phase, query, key, value, where.window, where.memo)
 
     def _compute(
         self,
@@ -350,15 +308,7 @@ class Adapter:
         mask: Mask,
         bias: Tensor | None,
     ) -> Tensor:
-        scale, s_aux = site.scale, site.s_aux
-        if s_aux is None:
-            return attention(query, key, value, mask, bias, scale=scale, impl=self._impl)
-        out, lse = attention(
-            query, key, value, mask, bias, scale=scale, return_lse=True, impl=self._impl
-        )
-        # A sink is one more logit without a value: it only scales the softmax down.
-        share = torch.sigmoid(lse - s_aux.to(lse)[:, None])
-        return (out * share[..., None]).to(out.dtype)
+        return compute(query, key, value, mask, bias, site.scale, site.s_aux, self._impl)
 
     def _placement(
         self, mask: Tensor | None, query: Tensor, key: Tensor, sliding_window: int | None
@@ -393,11 +343,3 @@ def check_one_sequence(positions: Tensor | None, queries: int) -> None:
 def drops_keys(policy: Any) -> bool:
     """Whether there is a cache that drops keys under a policy."""
     return evicts(policy) or isinstance(policy, Gated)
-
-
-def _chooses(policy: Any, index: int) -> bool:
-    """Whether scores decide what a layer keeps, beyond sinks and a window."""
-    if not evicts(policy):
-        return False
-    retention = policy.retention(index)
-    return retention.most > retention.sinks + retention.window

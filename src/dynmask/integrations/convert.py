@@ -173,7 +173,7 @@ class Window(Causal):
         return None
 
 
-_WINDOW = Window()
+WINDOW = Window()
 
 
 class ConvertedAdapter(Adapter):
@@ -182,7 +182,7 @@ class ConvertedAdapter(Adapter):
     def _policy(self, module: nn.Module) -> Any:
         score = getattr(module, SCORE, False)
         if score is None:
-            return _WINDOW
+            return WINDOW
         if not isinstance(score, LayerScore):
             raise ValueError(
                 f"model: expected layers that were converted, received {type(module).__name__} "
@@ -414,7 +414,7 @@ def load_converted(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         ValueError: a folder without settings or without the scores of every layer.
     """
     path = Path(path)
-    settings = _settings(path)
+    settings = settings_of(path)
     given = kwargs.get("config")
     config = transformers.AutoConfig.from_pretrained(path) if given is None else given
     names = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
@@ -428,7 +428,7 @@ def load_converted(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         own = changed.get(str(module.layer_idx))
         if own is not None:
             getattr(module, SCORE).retention = Retention(**own)
-    saved = _saved_scores(path)
+    saved = saved_scores(path)
     wanted = {n for n in model.state_dict() if f".{SCORE}." in n}
     if saved.keys() != wanted:
         missing, other = sorted(wanted - saved.keys())[:1], sorted(saved.keys() - wanted)[:1]
@@ -440,7 +440,8 @@ def load_converted(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def settings_of(path: Path) -> dict[str, Any]:
+    """What a converted model in a folder was converted with; ValueError where it was not."""
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(
@@ -456,7 +457,7 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _saved_scores(path: Path) -> dict[str, Tensor]:
+def saved_scores(path: Path) -> dict[str, Tensor]:
     """The score tensors of a folder's safetensors files."""
     from safetensors import safe_open
 

@@ -87,8 +87,11 @@ def _halves(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([back, rest], -1)
 
 
-def _short(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same where cos and sin are given once for both halves."""
+def turn_back(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys [b, g, n, d] before the usual rotation by cos and sin [b or 1, n, r / 2].
+
+    The first r dimensions were turned, in two halves.
+    """
     return _halves(key, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
 
 
@@ -108,8 +111,8 @@ def _style(module: nn.Module, cos: Tensor, sin: Tensor) -> Callable[..., Tensor]
                 turned = apply(part, part, cos, sin)[1]
             except (RuntimeError, TypeError):
                 continue
-            for style in (_halves, _short):
-                if 2 * cos.shape[-1] > part.shape[-1] and style is _short:
+            for style in (_halves, turn_back):
+                if 2 * cos.shape[-1] > part.shape[-1] and style is turn_back:
                     continue
                 if torch.allclose(style(turned, cos, sin), part, rtol=1e-3, atol=1e-3):
                     if bool((sin.abs() > 0.01).any()):  # position 0 alone tells nothing

@@ -210,7 +210,7 @@ class PlacedMask(Mask):
         if not plans:
             return self._nothing()
         if len({plan.block for plan, _ in plans}) > 1:
-            plans = [(_single_keys(plan), s) for plan, s in plans]
+            plans = [(plan.single_keys(), s) for plan, s in plans]
         if len({p.block for p, _ in plans}) > 1 or any(p.bits is not None for p, _ in plans):
             exact = not (is_fused(self.device) if fused is None else fused)
             plans = [(_as_bits(plan, exact), s) for plan, s in plans]
@@ -265,20 +265,6 @@ class PlacedMask(Mask):
         counts = none.expand(self.heads, 0)
         shape = (self.batch, self.queries, self.keys)
         return Plan(none, none, none, none, counts[..., None], counts, counts, 1, shape)
-
-
-def _single_keys(plan: Plan) -> Plan:
-    """A plan of key blocks under the causal rule as one of single keys; any other as it is."""
-    if plan.block == 1 or plan.bits is not None or plan.death is not None:
-        return plan
-    span = torch.arange(plan.block, dtype=torch.int32, device=plan.device)
-    index = (plan.index[..., None] + span).flatten(-2)
-    # of the boundary, which ascends, the keys after the tile's last row are at the end
-    full, count, stop = plan.full * plan.block, plan.count * plan.block, plan.position + plan.rows
-    slot = torch.arange(index.shape[-1], device=plan.device)
-    late = (slot >= full[..., None]) & (slot < count[..., None]) & (index >= stop[:, None])
-    count = count - late.sum(-1, dtype=torch.int32)
-    return replace(plan, index=index, full=full, count=count, block=1)
 
 
 def _as_bits(plan: Plan, exact: bool) -> Plan:

@@ -1,0 +1,78 @@
+"""What is asked for: by the environment, or by ``--additional-config``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...attention import IMPLS
+from ...errors import bad
+
+CARD, POLICY, IMPL = "DYNMASK_CARD", "DYNMASK_POLICY", "DYNMASK_IMPL"
+"""Environment variables."""
+
+SECTION = "dynmask"
+"""Name in ``--additional-config``, whose entries are card, policy and impl."""
+
+SUPPORTED_IMPLS = tuple(name for name in IMPLS if name != "sdpa")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A policy by its text form, and how it is computed.
+
+    Args:
+        policy: as on the command line, ``streaming:sinks=4,window=1024`` or ``gated:FOLDER``.
+        impl: implementation of ``dynmask.attention``.
+    """
+
+    policy: str
+    impl: str = "auto"
+
+    @classmethod
+    def of(
+        cls, additional: object = None, environment: Mapping[str, str] | None = None
+    ) -> Settings | None:
+        """What ``--additional-config`` says, or else the environment; None where neither does.
+
+        Raises:
+            ValueError: a card beside a policy, an unknown name, or a card that cannot be read.
+        """
+        environment = os.environ if environment is None else environment
+        given: Any = additional.get(SECTION) if isinstance(additional, Mapping) else None
+        source = f"--additional-config {SECTION}"
+        if given is None:
+            names = {"card": CARD, "policy": POLICY, "impl": IMPL}
+            given = {k: environment[v] for k, v in names.items() if environment.get(v)}
+            source = f"{CARD}, {POLICY}"
+        known = ("card", "policy", "impl")
+        if not isinstance(given, Mapping) or not all(
+            key in known and isinstance(text, str) for key, text in given.items()
+        ):
+            raise bad(
+                source, f"texts named {', '.join(known)}", repr(given),
+                "For example {\"dynmask\": {\"card\": \"FOLDER\"}}.",
+            )  # fmt: skip
+        card, policy = given.get("card"), given.get("policy")
+        if card and policy:
+            raise bad(
+                source, "a card or a policy", "both", "A policy may name its card: dam:FOLDER."
+            )
+        if not card and not policy:
+            return None
+        impl = given.get("impl", "auto")
+        if impl not in SUPPORTED_IMPLS:
+            raise bad(f"{source} impl", f"one of {', '.join(SUPPORTED_IMPLS)}", repr(impl))
+        return cls(policy or policy_of_card(str(card)), impl)
+
+
+def policy_of_card(path: str) -> str:
+    """The text form of a card's policy; ValueError for a card that cannot be read."""
+    from ...card import MaskCard
+
+    return f"{MaskCard.from_pretrained(path).header['policy']}:{path}"
+
+
+__all__ = ["CARD", "IMPL", "POLICY", "SECTION", "Settings", "policy_of_card"]
