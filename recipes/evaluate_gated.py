@@ -91,7 +91,7 @@ def run(name: str, options: argparse.Namespace) -> list[Row]:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     model = model.to(options.device).eval()
-    policies: dict[str, Any] = {"full": None}
+    policies: dict[str, Any] = {} if options.no_full else {"full": None}
     if options.policies:
         policies |= {spec: parse(spec) for spec in options.policies}
     else:
@@ -207,6 +207,9 @@ def main() -> None:
     )
     parser.add_argument("--keep", action="store_true", help="also with decode=keep")
     parser.add_argument("--policies", nargs="+", metavar="SPEC", help="these, and no gated ones")
+    parser.add_argument(
+        "--no-full", action="store_true", help="full attention is known: keep its rows"
+    )
     parser.add_argument("--tasks", nargs="+", default=list(LONGEVAL), metavar="TASK")
     parser.add_argument("--longeval", help="folder of the official files")
     parser.add_argument("--n", type=int, default=50, help="items of a task")

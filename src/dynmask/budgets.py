@@ -50,7 +50,7 @@ class Budget:
 
 
 BUDGETS = (
-    Budget(32, 512), Budget(64, 512), Budget(128, 512), Budget(256, 512), Budget(512, 512),
+    Budget(32, 1024), Budget(64, 1024), Budget(128, 1024), Budget(256, 1024), Budget(512, 1024),
     Budget(512, 1024, 0.02), Budget(1024, 1024, 0.03), Budget(1024, 1024, 0.06),
     Budget(2048, 2048, 0.06), Budget(2048, 2048, 0.12), Budget(4096, 4096, 0.25),
 )  # fmt: skip
@@ -112,7 +112,7 @@ class GatedSettings:
     late: float = 0.5
     sinks: int = 4
     least: float = 1e-3
-    last: int = 64
+    last: int = 256
     pool: int = 1
     guard: float | None = 0.25
     block: int = 64

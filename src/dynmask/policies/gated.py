@@ -71,7 +71,8 @@ class Gated:
         share: so many columns more for each key of the input (blocks for each block), without
             gates.
         least: worth of a column, at least.
-        last: queries that are looked at.
+        last: queries that are looked at. A question's first words ask too: 64 lose records that 256
+            find (``docs/findings.md``).
         pool: neighbours whose worth a key takes over, itself counted, odd: what follows a key
             that is found is what is asked for. Nearer neighbours come first, see :func:`spread`.
         blocks: key blocks that each query block chooses, without gates; needs ``columns=0``.
@@ -101,10 +102,10 @@ class Gated:
 
     sinks: int = 4
     window: int = 128
-    columns: int = 512
+    columns: int = 1024
     share: float = 0.0
     least: float = 1e-3
-    last: int = 64
+    last: int = 256
     pool: int = 1
     blocks: int = 0
     block: int = 64
