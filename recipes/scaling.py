@@ -34,7 +34,7 @@ from torch import Tensor
 from train_reference import load_corpus, save_corpus
 
 TOKENIZER = ROOT / "models" / "dynmask-reference" / "tokenizer.json"
-RATES = (1e-3, 2e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1)
 MIXERS: dict[str, dict[str, Any]] = {
     "full": {"mixer": "full"},
