@@ -22,6 +22,8 @@ README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 RETAINED = ROOT / "docs" / "retained.md"
 GENERATOR = ROOT / "docs" / "generator.md"
+LONG = ROOT / "docs" / "long_prompts.md"
+DISTRIBUTED = ROOT / "docs" / "distributed.md"
 MODEL = ROOT / "models" / "dynmask-reference"
 CARD = ROOT / "models" / "dynmask-reference-retained"
 
@@ -202,6 +204,43 @@ def gated() -> str:
         a, b = (1e-6 * r["decode_peak_bytes"] for r in (other, ours))
         what = "the same, decoding: peak beyond the weights, `decode=keep`"
         lines.append(f"| {what} | {a:,.0f} MB | {b:,.0f} MB | {a / b:.0f}x |")
+    return "\n".join(lines)
+
+
+def million() -> str:
+    """Seconds and memory of a long prompt on one GPU, by policy."""
+    rows = rows_of(RESULTS / "million.jsonl")
+    if not rows:
+        return "Not measured yet."
+    devices = ", ".join(sorted({r["device"]["name"] for r in rows}))
+    lines = [f"Llama-3.2-1B shape, random weights, bfloat16, {devices}; to the first token:", "",
+             "| prompt | policy | time | tokens/s | beyond the weights | cache of it |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for r in sorted(rows, key=lambda r: (-r["keys"], r["median_s"])):
+        beyond, cache = (1e-9 * r[key] for key in ("peak_beyond_weights_bytes", "cache_bytes"))
+        policy = (
+            f"{r['variant']}: {r['policy']}" if r["policy"] else "SDPA, the whole prompt at once"
+        )
+        lines.append(f"| {r['keys']:,} | {policy} | {_seconds(r)} | {r['tokens_per_s']:,.0f} | "
+                     f"{beyond:.2f} GB | {cache:.2f} GB |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def gpus() -> str:
+    """A prefill on several GPUs beside one."""
+    rows = rows_of(RESULTS / "two_gpus.jsonl")
+    found = [r for r in rows if "speedup" in r]
+    if not found:
+        return "Not measured yet."
+    lines = [f"Llama-3.2-1B shape, random weights, bfloat16, {found[0]['device']['name']}:", "",
+             "| prompt, policy | one GPU | several | | gathering alone | choosing alone |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for r in found:
+        one = next(o for o in rows if o["gpus"] == 1 and
+                   (o["case"], o["variant"]) == (r["case"], r["variant"]))  # fmt: skip
+        lines.append(f"| {r['keys']:,}, {r['variant']} | {_seconds(one)} | {_seconds(r)} on "
+                     f"{r['gpus']} | {r['speedup']:.2f}x | {1e3 * r['gather_s']:.0f} ms | "
+                     f"{1e3 * r['choice_s']:.0f} ms |")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -442,6 +481,8 @@ TABLES = {
     "retained-full": retained_full,
     "gated": gated,
     "gated-tasks": gated_tasks,
+    "million": million,
+    "gpus": gpus,
     "cpu": cpu,
     "gpu": gpu,
     "gpu-full": gpu_full,
@@ -460,6 +501,6 @@ def text(page: str) -> str:
 
 
 if __name__ == "__main__":
-    for file in (README, PERFORMANCE, RETAINED, GENERATOR):
+    for file in (README, PERFORMANCE, RETAINED, GENERATOR, LONG, DISTRIBUTED):
         if file.exists():
             file.write_text(text(file.read_text()))

@@ -46,7 +46,15 @@ def test_the_commands_of_the_readme_exist():
 
 
 @pytest.mark.parametrize(
-    "page", [tables.README, tables.PERFORMANCE, tables.RETAINED, tables.GENERATOR]
+    "page",
+    [
+        tables.README,
+        tables.PERFORMANCE,
+        tables.RETAINED,
+        tables.GENERATOR,
+        tables.LONG,
+        tables.DISTRIBUTED,
+    ],
 )
 def test_tables_come_from_the_results(page):
     text = page.read_text(encoding="utf-8")
