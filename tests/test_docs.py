@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,16 @@ def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch):
     assert 9 < whole / names["cache"].nbytes < 12
 
 
-def test_the_commands_of_the_readme_exist():
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_the_commands_of_the_documents_exist(page):
     from dynmask.cli import parser
 
-    for line in re.findall(r"^    (dynmask .*)$", README, flags=re.MULTILINE):
-        words = re.sub(r'"[^"]*"', "text", line).split()[1:]
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in re.findall(r"^    (dynmask .*)$", text, flags=re.MULTILINE):
+        # what follows -- goes to vLLM
+        words = shlex.split(line.partition(" -- ")[0])[1:]
         parser().parse_args(words)  # exits with 2 on an unknown command or option
 
 
