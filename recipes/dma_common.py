@@ -151,7 +151,8 @@ def _run(work: Any, cell: Any, until: float, commit: str | None) -> dict[str, An
         found = work(cell, _device, until)
     except Exception as error:  # also whatever a kernel of another library raises
         found = {"error": f"{type(error).__name__}: {error}"[:300]}
-    about = {**asdict(cell), **provenance(_device, commit)}
+    told = {name: value for name, value in asdict(cell).items() if name != "folder"}
+    about = {**told, **provenance(_device, commit)}
     return None if found is None else {"key": cell.key, **about, **found}
 
 

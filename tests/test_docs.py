@@ -134,3 +134,9 @@ def test_nothing_links_to_a_file_that_is_not_there():
         text = page.read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!http|#)([^)#]+)\)", text):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("file", sorted(tables.RESULTS.glob("*.jsonl")), ids=lambda file: file.name)
+def test_results_name_no_place_of_the_machine_that_measured(file):
+    found = re.search(r'"(/|~|[A-Z]:\\\\)\w[^"]*"', file.read_text(encoding="utf-8"))
+    assert found is None, found and found.group()

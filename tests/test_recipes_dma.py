@@ -349,6 +349,8 @@ def test_scaling_stops_and_goes_on(tmp_path, monkeypatch):
     row = scaling.train(cell, "cpu", float("inf"))
     assert row["steps"] == 4 and np.isfinite(row["perplexity"])
     assert len(row["loss_by_position"]) == scaling.BUCKETS
+    row = dma_common._run(lambda *_: row, cell, float("inf"), None)
+    assert str(tmp_path) not in json.dumps(row) and row["size"] == "smoke"
 
 
 # several processes
