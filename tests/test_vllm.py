@@ -169,6 +169,14 @@ def test_all_layers_share_the_lists_of_a_step(monkeypatch):
     assert torch.equal(step.paged(Streaming(3, 9)), first)
 
 
+@pytest.mark.parametrize("policy", [Streaming(2, 30), policies.Causal()])
+def test_layers_of_one_step_may_have_windows_of_their_own(policy):
+    step = Step(requests=((0, 50), (70, 1)))
+    for window in (10, 25, None):  # the second finds what the first has left
+        expected = step.together(policy, window)
+        torch.testing.assert_close(step.paged(policy, window), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_layers_that_choose_for_themselves_share_none():
     step = Step(requests=((70, 1), (40, 1)))
     for index in (0, 1):

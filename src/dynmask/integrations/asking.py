@@ -70,8 +70,8 @@ def ask(
     )
     own: Mask | None = None
     if dense or limited:
-        # neither depends on the layer: made once per forward
-        size = keys, queries, limited, str(key.device)
+        # made once per forward for all layers; those of one step may have windows of their own
+        size = keys, queries, window if limited else None, str(key.device)
         own = memo.get(size)
         if own is None:
             own = LifetimeMask.causal(keys, queries, device=key.device)
