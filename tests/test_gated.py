@@ -1,5 +1,6 @@
 """The gated policy: what its gates let through, and budgets chosen by their effect."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -682,6 +683,33 @@ def test_predictions_that_are_not_numbers_are_refused(model):
     judge.prepare()
     judge._predict = lambda *_: judge.full[0] * math.nan
     assert judge.cost(Gates.full(2, 4)) == math.inf
+
+
+def test_a_model_without_predictions_is_refused_before_any_trial(model):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight[5] = math.nan
+    with pytest.raises(ValueError, match=r"model: expected predictions .* documents\[0\]"):
+        calibrate_gates(broken, documents(60), SETTINGS, progress=False)
+
+
+def test_a_masked_part_of_the_vocabulary_counts_nothing(model):
+    judge = Judge(model, documents(40), SETTINGS, 0)
+    judge.prepare()
+    sparse = Gates.full(2, 4).replaced(torch.ones(2, 4, dtype=torch.bool), window=2)
+    plain, inner = judge.cost(sparse), judge._predict
+
+    def masked(*given):
+        found = inner(*given)
+        return torch.cat([found, found.new_full((len(found), 3), -math.inf)], -1)
+
+    other = Judge(model, documents(40), SETTINGS, 0)
+    other._predict = masked
+    other.prepare()
+    assert other.cost(sparse) == pytest.approx(plain, rel=1e-4) and plain > 0
+    judge._predict = lambda *given: inner(*given).masked_fill(judge.full[0] > -3, -math.inf)
+    judge.known.clear()
+    assert judge.cost(sparse) == math.inf  # what full attention expects is gone
 
 
 def test_more_divergence_buys_sparser_masks(sparse, card):

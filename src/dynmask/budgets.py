@@ -345,11 +345,16 @@ class Judge:
         return self.settings.policy(gates, encoders=self.encoders)
 
     def prepare(self) -> None:
-        """Run the full model once on every document."""
-        self.full = [
-            self._predict(document, rows, None)
-            for document, rows in zip(self.documents, self.rows, strict=True)
-        ]
+        """Run the full model once on every document; ValueError where it predicts nothing."""
+        self.full = []
+        for index, (document, rows) in enumerate(zip(self.documents, self.rows, strict=True)):
+            self.full.append(self._predict(document, rows, None))
+            if bool(self.full[-1].isnan().any()):
+                raise bad(
+                    "model", "predictions that are numbers",
+                    f"NaN after documents[{index}], with full attention",
+                    "Check the weights, or load the model in bfloat16 or float32.",
+                )  # fmt: skip
 
     def cost(self, gates: Gates, most: float = math.inf) -> float:
         """Divergence of gates: the largest of the documents' means over judged tokens, in nats.
@@ -370,10 +375,7 @@ class Judge:
         for index in self._order():
             rows = self.rows[index]
             found = self._predict(self.documents[index], rows, policy)
-            kl = torch.nn.functional.kl_div(
-                found, self.full[index], log_target=True, reduction="sum"
-            )
-            mean = float(kl) / len(rows)
+            mean = float(_divergence(found, self.full[index])) / len(rows)
             worst = max(worst, math.inf if math.isnan(mean) else mean)
             if worst > most:
                 self.refusals[index] += 1
@@ -402,6 +404,15 @@ class Judge:
                 use_cache=False,
             ).logits
         return logits[0].float().log_softmax(-1)
+
+
+def _divergence(found: Tensor, full: Tensor) -> Tensor:
+    """KL(full || found) of log-probabilities [rows, vocabulary], the sum over rows.
+
+    What has no probability in full attention (a masked part of the vocabulary) counts nothing.
+    """
+    kl = torch.nn.functional.kl_div(found, full, log_target=True, reduction="none")
+    return kl.masked_fill(full == -math.inf, 0).sum()
 
 
 def digest_of(gates: Gates) -> str:
@@ -532,11 +543,11 @@ def calibrate_gates(
     figures: dict[str, Any] = {}
     try:
         model.eval()
+        judge.prepare()
         if lessons is not None:
             beside = None if path is None else path.with_name(f"{path.name}.encoder")
             lessons.run(beside, identity, progress)
             judge.encoders, figures = lessons.judge()
-        judge.prepare()
         with _Progress(judge, path, identity, progress) as cost:
             gates, allowed = _search(judge, cost, settings, which, layers, heads)
             kl = cost(gates, math.inf)
