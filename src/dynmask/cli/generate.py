@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from dynmask.evals.engine import check_policies
     from dynmask.evals.generation import attend
-    from dynmask.integrations.prefill import chunk_note, default_chunk
+    from dynmask.integrations.prefill import chunk_note, chunk_size, default_chunk
     from dynmask.policies import Causal
 
     if policy is not None:
@@ -142,7 +142,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"text": text, **stats}, indent=1))
     else:
         say(_sentence(stats))
-        say(_memory_sentence(stats["memory"], chunk))
+        read = chunk_size(work.active.policy, tokens, chunk) if chunk else 0
+        say(_memory_sentence(stats["memory"], read))
     if work.stopped:
         say("stopped")
     return INTERRUPTED if work.stopped else OK
