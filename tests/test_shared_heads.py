@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dynmask
 from dynmask.distributed import Split, gather, share_heads
+from dynmask.integrations.checks import attention_modules
 from dynmask.nn import collect_retention_loss
 from dynmask.policies import Elastic, Gated, Retained, Streaming, VerticalSlash
 from dynmask.policies.gates import Gates
@@ -258,3 +259,13 @@ def test_heads_are_not_shared_without_a_process_group():
     run = dynmask.sparsify(tiny_llama(), Streaming())
     with run, pytest.raises(ValueError, match="init_process_group"):
         share_heads(run)
+
+
+def test_a_cache_that_was_made_before_heads_were_shared_is_refused():
+    from dynmask.integrations.placement import Placement
+
+    with dynmask.sparsify(tiny_llama(), Gated(window=9, columns=0)) as run:
+        cache, module = dynmask.GatedCache(run), next(iter(attention_modules(run.model)))
+        half, where = torch.zeros(1, 1, 20, 16), Placement.dense(1, 20, 20, None)  # a rank's heads
+        with pytest.raises(ValueError, match=r"2 kv heads, as when .* after .*share_heads"):
+            cache.arrived(module, cache.layers[0], where, True, half, half)

@@ -373,6 +373,11 @@ class GatedCache(OwnedCache):
                 f"one of {where.window} keys in layer {layer.plan.index} alone",
                 "Leave the cache to generate().",
             )
+        if key.shape[1] != layer.plan.freed.of:
+            raise bad(
+                "GatedCache", f"{layer.plan.freed.of} kv heads, as when it was made", key.shape[1],
+                "Make the cache after dynmask.distributed.share_heads.",
+            )  # fmt: skip
         store = layer.arrived()
         check_rows(where, store.seen or [0] * len(key))
         store.check_fit(layer.plan, key, value)
