@@ -769,6 +769,15 @@ def test_a_card_is_the_same_policy_after_a_round_trip(model, card, tmp_path):
         card.policy(width=3)
 
 
+def test_an_option_after_a_card_that_there_is_not_is_no_path(card, tmp_path):
+    card.save_pretrained(tmp_path / "card")
+    with pytest.raises(ValueError, match="expected options .* received 'dense_upto=9'"):
+        parse(f"gated:{tmp_path / 'card'},dense_upto=9")
+    card.save_pretrained(tmp_path / "a,b=c")
+    (tmp_path / "a").mkdir()
+    assert parse(f"gated:{tmp_path / 'a,b=c'}").gates is not None  # a path with a comma
+
+
 def test_a_card_of_soft_masks_says_what_the_bias_changes(model, tmp_path):
     more = {"max_kl": 50.0, "soft": True, "strength": 2.0, "budgets": (Budget(4, 8),)}
     asked = GatedSettings(**{**vars(SETTINGS), **more})

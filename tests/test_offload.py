@@ -402,7 +402,7 @@ def test_the_command_offloads_and_says_where_bytes_are(tmp_path, capsys):
         parts = ("weight_bytes", "cache_bytes", "rest_bytes", "offloaded_bytes")
         assert memory["peak_bytes"] == sum(memory[name] for name in parts)
     assert cli.main([*asked, *policy, "--offload"]) == 0
-    assert "of it in host memory" in capsys.readouterr().err
+    assert "in host memory" in capsys.readouterr().err
 
 
 def test_the_command_refuses_offloading_where_it_is_no_use(tmp_path, capsys, monkeypatch):

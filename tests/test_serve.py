@@ -114,7 +114,7 @@ def test_nothing_runs_when_it_is_only_to_be_printed(here, capsys, monkeypatch):
     monkeypatch.setattr(os, "execvpe", None)
     own = "serve", str(here / "model"), "--policy", "streaming", "--print-only"
     assert cli.main(list(own)) == 0
-    assert "vllm.entrypoints.cli.main serve" in capsys.readouterr().err
+    assert "vllm.entrypoints.cli.main serve" in capsys.readouterr().out
 
 
 def test_a_hostile_card_is_refused_before_anything_else(here, become, capsys, tmp_path):

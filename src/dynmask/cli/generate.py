@@ -399,7 +399,7 @@ def _memory_sentence(memory: dict[str, Any], chunk: int) -> str:
     peak, weights, cache, rest = (_size(memory[name]) for name in names)
     what = f"one chunk of {chunk:,} tokens" if chunk else "the whole prompt at once"
     away = memory["offloaded_bytes"]
-    cache += f" + {_size(away)} of it in host memory" if away else ""
+    cache += f" + {_size(away)} in host memory" if away else ""
     return (
         f"[peak memory {peak}: weights {weights} + cache {cache} + {rest} for the rest, "
         f"activations of {what}; {memory['method']}]"

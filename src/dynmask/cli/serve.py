@@ -83,9 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
     command = command_of(arguments, policy, passed_on, gpu=_has_gpu())
     own = {"DYNMASK_POLICY": policy}
     assignments = [f"{name}={shlex.quote(value)}" for name, value in own.items()]
-    say(f"running: {' '.join([*assignments, shlex.join(command)])}")
+    line = " ".join([*assignments, shlex.join(command)])
     if arguments.print_only:
+        print(line)
         return 0
+    say(f"running: {line}")
     sys.stdout.flush()
     left = {k: v for k, v in os.environ.items() if k != "DYNMASK_CARD"}
     os.execvpe(command[0], command, left | own)

@@ -122,12 +122,13 @@ def split_card(rest: str, name: str = Retained.name) -> tuple[str, dict[str, str
         field, equals, text = item.partition("=")
         if equals and field in known:
             options[field] = text
-        elif options:
+            continue
+        card = equals and Path(path).exists() and not Path(f"{path},{item}").exists()
+        if options or card:
             raise ValueError(
                 f"policy {name}: expected options {' and '.join(known)}, received {item!r}"
             )
-        else:
-            path += f",{item}"
+        path += f",{item}"
     return path, options
 
 
