@@ -29,7 +29,7 @@ def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
-    assert (tmp_path / "my-card" / "mask_card.safetensors").is_file()
+    assert (tmp_path / "first-card" / "mask_card.safetensors").is_file()
     # "a tenth of the memory, the same answer"
     model, tokens = names["model"], names["inputs"]["input_ids"].shape[1]
     heads = model.config.num_hidden_layers * model.config.num_key_value_heads

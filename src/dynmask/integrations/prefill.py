@@ -21,7 +21,7 @@ from ..policies.base import evicts, grid_of
 BOUNDED_CHUNK = 8_192
 """Tokens read at once by default where the cache holds only keys that are still read."""
 
-FEWEST_LAST = 64
+FEWEST_LAST = 256
 """Tokens of a last chunk at least, where chunks are longer: its queries choose columns."""
 
 CHUNK = 65_536
