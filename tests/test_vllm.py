@@ -16,7 +16,7 @@ from dynmask.integrations.asking import ask, compute
 from dynmask.integrations.vllm import checks
 from dynmask.integrations.vllm import layer as paged_layer
 from dynmask.integrations.vllm.batch import Batch, Request
-from dynmask.integrations.vllm.layer import PagedLayer, reads_all
+from dynmask.integrations.vllm.layer import PagedLayer, reads_all, whole_up_to
 from dynmask.integrations.vllm.pages import Pages, Scores
 from dynmask.integrations.vllm.settings import Settings
 from dynmask.policies import Gated, Layer, SnapKV, Streaming
@@ -277,7 +277,7 @@ def test_layouts_that_are_not_known_are_refused(shape):
 )
 def test_what_is_read_whole_is_known_before_anybody_is_asked(policy, keys, known):
     request = Request(0, 0, keys, keys)
-    assert reads_all(policy, 0, request, HEADS) == known
+    assert reads_all(policy, request, whole_up_to(policy, 0, HEADS)) == known
     if known and keys < 10**4:
         q, k = torch.randn(1, HEADS, keys, DIM), torch.randn(1, GROUPS, keys, DIM)
         mask, _ = ask(policy, Layer(0), "prefill", q, k, k, None, {})
@@ -287,8 +287,9 @@ def test_what_is_read_whole_is_known_before_anybody_is_asked(policy, keys, known
 def test_prefill_policies_read_whole_while_decoding():
     decoded = Request(0, 0, 1, 10**6)
     assert POLICIES["h2o"].phase == "prefill"
-    assert reads_all(POLICIES["h2o"], 0, decoded, HEADS)
-    assert not reads_all(POLICIES["pooled"], 0, Request(0, 0, 500, 10**3), HEADS)
+    assert reads_all(POLICIES["h2o"], decoded, whole_up_to(POLICIES["h2o"], 0, HEADS))
+    chunk = Request(0, 0, 500, 10**3)
+    assert not reads_all(POLICIES["pooled"], chunk, whole_up_to(POLICIES["pooled"], 0, HEADS))
 
 
 # what is asked for

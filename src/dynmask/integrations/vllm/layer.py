@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,14 +28,22 @@ Unrotate = Callable[[int], Callable[[Tensor], Tensor] | None]
 """From the position of a first key to what takes the rotation off the keys from there on."""
 
 
-def reads_all(policy: Any, index: int, request: Request, heads: int) -> bool:
-    """Whether a request's queries are known to read every key, before the policy is asked."""
-    keys = request.keys
-    if isinstance(policy, Causal) or (request.phase == "decode" and policy.phase == "prefill"):
-        return True
+def whole_up_to(policy: Any, index: int, heads: int) -> float:
+    """Keys up to which every query of a layer is known to read each of them."""
+    if isinstance(policy, Causal):
+        return math.inf
     if isinstance(policy, Gated):
-        return keys <= max(policy.dense_up_to, min(policy.windows(index, heads)))
-    return evicts(policy) and policy.retention(index).least >= keys
+        return max(policy.dense_up_to, min(policy.windows(index, heads)))
+    return policy.retention(index).least if evicts(policy) else 0
+
+
+def reads_all(policy: Any, request: Request, whole: float) -> bool:
+    """Whether a request's queries are known to read every key, before the policy is asked.
+
+    ``whole`` is that of :func:`whole_up_to`, which a layer asks once.
+    """
+    prompts_alone = request.phase == "decode" and policy.phase == "prefill"
+    return prompts_alone or request.keys <= whole
 
 
 class PagedLayer:
@@ -69,12 +78,13 @@ class PagedLayer:
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.scale, self.window, self.s_aux, self.impl = scale, window, s_aux, impl
         self._unrotate = unrotate
+        self._whole = whole_up_to(policy, index, heads)
         self._by_score = chooses(policy, index) and window is None
         self._scores: Scores | None = None
 
     def reads_all(self, batch: Batch) -> bool:
         """Whether no request of a step needs a choice."""
-        return all(reads_all(self.policy, self.index, r, self.heads) for r in batch)
+        return all(reads_all(self.policy, r, self._whole) for r in batch)
 
     def attend(
         self,
@@ -257,4 +267,4 @@ def join(lists: list[Lists], slots: int) -> Plan:
     )
 
 
-__all__ = ["Lists", "PagedLayer", "join", "paged", "reads_all"]
+__all__ = ["Lists", "PagedLayer", "join", "paged", "reads_all", "whole_up_to"]
