@@ -469,10 +469,10 @@ def test_a_card_is_judged_where_answers_are_told(corpus, harder):
         assert rows.tolist() == sorted(set(rows.tolist())) and rows[-1] == len(text) - 1
         told = rows[gated_card.BESIDE :]  # one run, up to the end
         assert told.tolist() == list(range(int(told[0]), len(text)))
-        begin = int(told[0]) + 1
-        assert begin - 1 - gated_card.LATE <= int(rows[0]) and int(rows[6]) < begin - 1
-        before = TOKENIZER.decode(text[:begin].tolist())
-        assert before.rstrip()[-1:] not in ("", "\n")  # an answer is asked for
+        before = int(told[0])
+        assert before - gated_card.LATE <= int(rows[0]) and int(rows[6]) < before
+    begin, stop = gated_card.answers(author.spans)[-1]  # of the last document
+    assert judged[-1][gated_card.BESIDE :].tolist() == list(range(begin - 1, stop - 1))
     alone = gated_card.documents(author, [500, 900], kinds, 3, 0)[1]
     assert all(map(torch.equal, alone, [rows[gated_card.BESIDE :] for rows in judged]))
 
