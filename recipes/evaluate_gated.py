@@ -238,9 +238,12 @@ def main() -> None:
         show(rows_of(options.out))
         record_goals(rows_of(options.out))
         return
+    given = options.cards
     if options.cards is None:
         beside = options.model.with_name(f"{options.model.name}-gated")
         options.cards = [beside] if beside.is_dir() else []
+    if options.policies and (options.keep or given):
+        parser.error("--policies: expected neither --keep nor --cards beside it, received one")
     for name in options.tasks:
         task_of(name, options.longeval)  # a name that is none fails before the work
 

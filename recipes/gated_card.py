@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--smoke", action="store_true", help="toy sizes: does it run through?")
     options = parser.parse_args()
+    if not 0 <= options.beside <= LATE:
+        parser.error(f"--beside: expected 0 to {LATE} tokens, received {options.beside}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from dynmask.budgets import BUDGETS, WITH_BLOCKS, GatedSettings, calibrate_gates
