@@ -12,9 +12,9 @@ Policies are full attention, the zero-shot gates (``Gated()`` as it comes) and t
 goals are about; with ``--keep`` these again with a cache that drops keys. With ``--policies`` it is
 full attention and what is named, in the words of ``dynmask evaluate``. With ``--jobs`` tasks are
 evaluated side by side; one at a time they may be stopped by Ctrl-C, and what was answered is kept.
-A row of ``benchmarks/results/generator_tasks.jsonl`` is one of a model, task and policy; a later
-run replaces it. FOLDER holds the official files ``200_lines.jsonl`` to ``800_lines.jsonl``, which
-are not part of this repository.
+A row of ``benchmarks/results/generator_tasks.jsonl`` is one of a model, task, group and policy; a
+later run replaces it. "ruler:vt+cwe 32768" asks two of RULER's tasks. FOLDER holds the official
+files ``200_lines.jsonl`` to ``800_lines.jsonl``, which are not part of this repository.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 
 def task_of(name: str, folder: str | None) -> tuple[Any, int]:
-    """The task of a name such as "lines 65536", and its prompt length."""
+    """The task of a name such as "lines 65536" or "ruler:vt+cwe 32768", and its prompt length."""
     from dynmask.evals.document_qa import DocumentQA
     from dynmask.evals.lines import Lines
     from dynmask.evals.longeval import LongEval
@@ -60,6 +60,8 @@ def task_of(name: str, folder: str | None) -> tuple[Any, int]:
     kinds: dict[str, Any] = {
         "lines": Lines, "needle": Needle, "ruler": Ruler, "document_qa": DocumentQA,
     }  # fmt: skip
+    if kind.startswith("ruler:"):
+        return Ruler(tuple(kind.removeprefix("ruler:").split("+"))), int(size)
     return kinds[kind](), int(size)
 
 
@@ -110,8 +112,12 @@ def run(name: str, options: argparse.Namespace) -> list[Row]:
     for item in report.items:
         if item.score < 1:
             wrong.setdefault((item.policy, item.group), []).append(item.index)
+    kind, _, size = name.partition(" ")
+    some = kind.removeprefix("ruler:") if kind.startswith("ruler:") else ""
+    alone = f"{some}, " if some and "+" not in some else ""  # the others' groups say their task
     return [
-        {"model": options.model.name, "task": name, "group": row.group,
+        {"model": options.model.name, "task": f"ruler {size}" if some else name,
+         "group": alone + row.group,
          **{key: asdict(row)[key] for key in KEEP},
          "wrong": wrong.get((row.policy, row.group), []), **here}
         for row in report.rows
@@ -248,12 +254,10 @@ def main() -> None:
         task_of(name, options.longeval)  # a name that is none fails before the work
 
     def keep(rows: list[Row]) -> None:
-        new = {(row["model"], row["task"], row["policy"]) for row in rows}
-        kept = [
-            row
-            for row in rows_of(options.out)
-            if (row["model"], row["task"], row["policy"]) not in new
-        ]
+        name = ("model", "task", "policy", "group")
+        new = {tuple(row[key] for key in name) for row in rows}
+        old = rows_of(options.out)
+        kept = [row for row in old if tuple(row[key] for key in name) not in new]
         write_rows(options.out, [*kept, *rows])
         show(rows)
 

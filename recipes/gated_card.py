@@ -43,18 +43,19 @@ LATE = 64  # positions before the answer that they are drawn from
 Write = Callable[[random.Random, int], None]
 
 
-def writers(author: Author) -> list[Write]:
+def writers(author: Author, recall: bool = False) -> list[Write]:
     """Return what writes documents of each kind: facts, records, and the author's families."""
     found: list[Write] = [author.facts, author.asked_at_end]
-    if isinstance(author, HarderAuthor):
+    if isinstance(author, HarderAuthor) and not recall:
         for family, _ in author.mix:
             found.append(lambda rng, goal, f=family: f(author, Phrases(rng, author.words), goal))
     return found
 
 
 def documents(
-    author: Author, lengths: list[int], count: int, seed: int, beside: int = BESIDE
-) -> tuple[list[Tensor], list[Tensor]]:
+    author: Author, lengths: list[int], count: int, seed: int, beside: int = BESIDE,
+    recall: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Return documents of each length, their kinds in turn, and their judged positions.
 
     A document ends before the last token of its last answer. Judged are the tokens of that answer
@@ -62,7 +63,7 @@ def documents(
     """
     found: list[Tensor] = []
     judged: list[Tensor] = []
-    kinds = writers(author)
+    kinds = writers(author, recall)
     for length in lengths:
         for index in range(count):
             for attempt in itertools.count():  # a text may be full before its first question
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 4096 16384; 8192 32768")
     parser.add_argument("--documents", type=int, help="of each length (default: 6; 7)")
     parser.add_argument("--beside", type=int, default=BESIDE, help="judged beside the answer")
+    parser.add_argument("--recall", action="store_true", help="with --harder: no families of its")
     parser.add_argument("--blocks", action="store_true", help="offer blocks too")
     parser.add_argument("--encoder", action="store_true", help="train what scores the blocks")
     parser.add_argument("--pool", type=int, default=1)
@@ -146,7 +148,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     author = author_of(options, tokenizer)
     texts, judged = documents(
-        author, options.lengths, options.documents, options.seed, options.beside
+        author, options.lengths, options.documents, options.seed, options.beside, options.recall
     )
     budgets = WITH_BLOCKS if options.blocks or options.encoder else BUDGETS
     for allowed in options.max_kl:
