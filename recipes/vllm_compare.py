@@ -7,13 +7,14 @@
 
 The shape of Llama-3.2-1B with random weights, bfloat16, one prompt at a time, no prefix cache. An
 engine is a process of its own and reads prompts of 1,024, 32,768 and 131,072 random tokens, each
-once to warm up and then a few times; the median counts. "First token" is the time of a request for
-one token; "tokens per second" counts those after the first of a longer answer. ``flash`` is vLLM as
-it comes, with FlashAttention; ``flash-whole`` the same without chunked prefill; ``gated`` the gates
-of the shipped card, spread over the shape's maps, which read all that their gates allow (random
-attention gives no key much, so the least worth is 0), prompts of up to 8,192 tokens whole, as
-``dynmask serve`` does; ``streaming`` sinks and a window of 4,096 keys. Rows are written as soon as
-they are known; a case that fails says why and leaves the others alone.
+once to warm up and then a few times; the median counts. "First token" is when the first one of an
+answer comes back; "tokens per second" counts those after it. ``flash`` is vLLM as it comes, with
+FlashAttention; ``flash-whole`` the same without chunked prefill; ``gated`` the gates of the shipped
+card, spread over the shape's maps, which read all that their gates allow (random attention gives no
+key much, so the least worth is 0), prompts of up to 8,192 tokens whole, as ``dynmask serve`` does.
+It chooses for prompts alone: decoded tokens read every key, in CUDA graphs (``DYNMASK_PHASE``);
+``gated-both`` chooses for them too. ``streaming`` is sinks and a window of 4,096 keys, for both.
+Rows are written as soon as they are known; a case that fails says why and leaves the others alone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,20 +62,23 @@ class Case:
         policy: its text form, with CARD for the card and SHORT for the tokens of what is read
             whole; None for vLLM's own attention.
         whole: whether prompts are read in one piece.
+        phase: of the plugin: "prefill", or "both" to choose for decoded tokens too.
     """
 
     name: str
     policy: str | None
     whole: bool
+    phase: str = "both"
 
 
 CASES = {
     case.name: case
     for case in (
-        Case("gated", "gated:CARD,dense_up_to=SHORT", True),
+        Case("gated", "gated:CARD,dense_up_to=SHORT", True, "prefill"),
         Case("flash", None, False),
-        Case("streaming", "streaming:sinks=64,window=4032", False),
         Case("flash-whole", None, True),
+        Case("streaming", "streaming:sinks=64,window=4032", False),
+        Case("gated-both", "gated:CARD,dense_up_to=SHORT", True),
     )
 }
 
@@ -88,6 +93,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, metavar="TOKENS", help="of the prompts")
     parser.add_argument("--rounds", type=int, help=f"measurements of each ({ROUNDS})")
     parser.add_argument("--eager", action="store_true", help="no torch.compile, no CUDA graphs")
+    parser.add_argument(
+        "--limit", type=int, default=SECONDS_OF_A_CASE, metavar="SECONDS",
+        help=f"a case is stopped after so long ({SECONDS_OF_A_CASE})",
+    )  # fmt: skip
     parser.add_argument("--memory", type=float, default=0.85, help="share of the GPU's memory")
     parser.add_argument("--list", action="store_true", help="names of the cases, then stop")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
@@ -119,6 +128,7 @@ def main(argv: list[str] | None = None) -> None:
             "eager": args.eager or args.smoke,
             "cpu": device.type == "cpu",
             "memory": args.memory,
+            "limit": args.limit,
         }
         for name in args.only or CASES:
             if not run(CASES[name], asked, card, Path(folder), shape, here, out):
@@ -175,11 +185,15 @@ def run(
         paths.append(environment["PYTHONPATH"])
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # the engine runs in its own process and nothing is fetched: no network is needed
+    environment.setdefault("VLLM_HOST_IP", "127.0.0.1")
+    environment.setdefault("HF_HUB_OFFLINE", "1")
     environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-    for name in ("DYNMASK_CARD", "DYNMASK_POLICY"):
+    for name in ("DYNMASK_CARD", "DYNMASK_POLICY", "DYNMASK_PHASE"):
         environment.pop(name, None)
     if policy is not None:
         environment["DYNMASK_POLICY"] = policy.replace("CARD", str(card))
+        environment["DYNMASK_PHASE"] = case.phase
     if asked["cpu"]:
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     command = [sys.executable, __file__, "--engine", str(question)]
@@ -188,23 +202,24 @@ def run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     tail: list[str] = []
-    stop = time.monotonic() + SECONDS_OF_A_CASE
+    late = threading.Timer(asked["limit"], process.kill)  # an engine that hangs says nothing
+    late.start()
     assert process.stdout is not None
     try:
         for line in process.stdout:
             if line.startswith(MARK):
                 row = {"case": shape.name, "variant": case.name, "policy": policy}
+                row["phase"] = None if policy is None else case.phase
                 keep({**row, **json.loads(line.removeprefix(MARK)), **here}, out)
             tail = [*tail[-80:], line]
-            if time.monotonic() > stop:
-                tail.append(f"stopped after {SECONDS_OF_A_CASE} s\n")
-                break
-    finally:
-        if process.poll() is None and time.monotonic() > stop:
-            process.kill()
         code = process.wait()
+    finally:
+        late.cancel()
+        if process.poll() is None:  # we are interrupted ourselves
+            process.kill()
     if code:
-        print(f"{case.name} FAILED ({code}):\n{''.join(tail)}", flush=True)
+        said = "".join(tail)
+        print(f"{case.name} FAILED ({code}; limit {asked['limit']} s):\n{said}", flush=True)
     return code == 0
 
 
@@ -232,9 +247,10 @@ def keep(row: Row, out: Path) -> None:
 
 def engine(asked: Row) -> None:
     """Measure in this process, which is a case's own; rows go to standard output."""
+    begun = time.perf_counter()
     from importlib.metadata import PackageNotFoundError, version
 
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     try:
         found = version("vllm")
@@ -259,30 +275,43 @@ def engine(asked: Row) -> None:
         max_num_seqs=8, enforce_eager=asked["eager"], seed=0, **own,
     )  # fmt: skip
 
-    def seconds(prompt: list[int], tokens: int) -> float:
-        greedy = SamplingParams(
-            temperature=0, max_tokens=tokens, min_tokens=tokens, detokenize=False, ignore_eos=True
-        )
-        started = time.perf_counter()
-        (answer,) = llm.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)
-        taken = time.perf_counter() - started
-        assert len(answer.outputs[0].token_ids) == tokens
-        return taken
-
+    ready = time.perf_counter() - begun
     draw = torch.Generator().manual_seed(0)
     for keys in lengths:
         prompt = torch.randint(5, asked["vocabulary"], (keys,), generator=draw).tolist()
-        seconds(prompt, new)  # compiles, and sizes what is kept between calls
-        firsts = [seconds(prompt, 1) for _ in range(asked["rounds"])]
-        wholes = [seconds(prompt, new) for _ in range(asked["rounds"])]
-        first, whole = statistics.median(firsts), statistics.median(wholes)
+        answer(llm.llm_engine, prompt, new)  # compiles, and sizes what is kept between calls
+        timed = [answer(llm.llm_engine, prompt, new) for _ in range(asked["rounds"])]
+        firsts, wholes = ([one[i] for one in timed] for i in (0, 1))
+        rates = [(new - 1) / max(whole - first, 1e-9) for first, whole in timed]
         row = {
-            "keys": keys, "new_tokens": new, "rounds": asked["rounds"], "first_s": first,
-            "first_s_all": firsts, "whole_s": whole,
-            "tokens_per_s": (new - 1) / max(whole - first, 1e-9), "whole": asked["whole"],
-            "eager": asked["eager"], "vllm": found,
+            "keys": keys, "new_tokens": new, "rounds": asked["rounds"],
+            "first_s": statistics.median(firsts), "first_s_all": firsts,
+            "whole_s": statistics.median(wholes), "tokens_per_s": statistics.median(rates),
+            "tokens_per_s_all": rates, "whole": asked["whole"], "eager": asked["eager"],
+            "ready_s": ready, "vllm": found,
         }  # fmt: skip
         print(f"{MARK}{json.dumps(row)}", flush=True)
+
+
+def answer(engine: Any, prompt: list[int], tokens: int) -> tuple[float, float]:
+    """Seconds until the first token of one greedy answer, and until the last."""
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(
+        temperature=0, max_tokens=tokens, min_tokens=tokens, detokenize=False, ignore_eos=True
+    )
+    first, made = None, 0
+    started = time.perf_counter()
+    engine.add_request("0", {"prompt_token_ids": prompt}, greedy)
+    while engine.has_unfinished_requests():
+        for found in engine.step():
+            made = len(found.outputs[0].token_ids)
+            if first is None and made:
+                first = time.perf_counter() - started
+    whole = time.perf_counter() - started
+    if first is None or made != tokens:
+        raise RuntimeError(f"expected an answer of {tokens} tokens, received {made}")
+    return first, whole
 
 
 def compare(rows: list[Row]) -> None:

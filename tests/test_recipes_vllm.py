@@ -5,6 +5,7 @@ import random
 import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_a_model_is_a_configuration_alone(tmp_path):
 
 
 def asked(model):
-    return {"model": str(model), "short": 7, "cpu": True}
+    return {"model": str(model), "short": 7, "cpu": True, "limit": 60}
 
 
 def run(tmp_path, monkeypatch, code, case="gated"):
@@ -58,6 +59,7 @@ PRINT = """import json, os
 print("noise")
 for keys in (64, 128):
     row = {"keys": keys, "first_s": 1, "tokens_per_s": 2, "asked": os.environ.get("DYNMASK_POLICY")}
+    row["asked_phase"] = os.environ.get("DYNMASK_PHASE")
     print("row: " + json.dumps(row), flush=True)
 """
 
@@ -67,10 +69,48 @@ def test_rows_are_kept_as_they_come_even_of_an_engine_that_fails(tmp_path, monke
     assert done and [r["keys"] for r in rows] == [64, 128]
     assert rows[0]["asked"] == f"gated:{tmp_path / 'card'},dense_up_to=7"
     assert rows[0]["policy"] == "gated:CARD,dense_up_to=7" and rows[0]["commit"] == "c"
+    assert rows[0]["phase"] == rows[0]["asked_phase"] == "prefill"
     done, rows = run(tmp_path, monkeypatch, PRINT + "raise ValueError('broken')", case="flash")
     assert not done and len(rows) == 4 and rows[-1]["asked"] is None
+    assert rows[-1]["phase"] is rows[-1]["asked_phase"] is None
     assert "FAILED" in capsys.readouterr().out
     assert len(run(tmp_path, monkeypatch, PRINT)[1]) == 4  # a row takes the place of its own
+
+
+def test_an_engine_that_hangs_is_stopped(tmp_path, monkeypatch, capsys):
+    late = asked("m") | {"limit": 0}
+    monkeypatch.setattr(sys.modules[__name__], "asked", lambda model: late)
+    done, rows = run(tmp_path, monkeypatch, "import threading; threading.Event().wait()")
+    assert not done and not rows and "limit 0 s" in capsys.readouterr().out
+
+
+class Steps:
+    """An engine that gives one token of an answer a step, after one that gives none."""
+
+    def __init__(self, tokens):
+        self.left = [0, *range(1, tokens + 1)]
+
+    def add_request(self, name, prompt, wanted):
+        assert prompt == {"prompt_token_ids": [5, 6]}
+
+    def has_unfinished_requests(self):
+        return bool(self.left)
+
+    def step(self):
+        made = self.left.pop(0)
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[7] * made)])]
+
+
+def test_the_first_token_is_the_first_that_comes_back(monkeypatch):
+    vllm = ModuleType("vllm")
+    vllm.SamplingParams = SimpleNamespace
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    clock = iter((10.0, 11.5, 14.0))  # when asked, at the first token, at the end
+    monkeypatch.setattr(vllm_compare.time, "perf_counter", lambda: next(clock))
+    assert vllm_compare.answer(Steps(4), [5, 6], 4) == (1.5, 4.0)
+    monkeypatch.setattr(vllm_compare.time, "perf_counter", lambda: 0.0)
+    with pytest.raises(RuntimeError, match="answer of 4 tokens, received 3"):
+        vllm_compare.answer(Steps(3), [5, 6], 4)
 
 
 class Answers:

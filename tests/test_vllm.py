@@ -16,7 +16,7 @@ from dynmask.integrations.asking import ask, compute
 from dynmask.integrations.vllm import checks
 from dynmask.integrations.vllm import layer as paged_layer
 from dynmask.integrations.vllm.batch import Batch, Request
-from dynmask.integrations.vllm.layer import PagedLayer, reads_all, whole_up_to
+from dynmask.integrations.vllm.layer import PagedLayer, decodes_whole, reads_all, whole_up_to
 from dynmask.integrations.vllm.pages import Pages, Scores
 from dynmask.integrations.vllm.settings import Settings
 from dynmask.policies import Gated, Layer, SnapKV, Streaming
@@ -88,11 +88,12 @@ class Step:
         ]
         return torch.cat(parts)
 
-    def paged(self, policy, window=None, s_aux=None, impl="auto", index=0):
+    def paged(self, policy, window=None, s_aux=None, impl="auto", index=0, phase="both"):
         """Attention of the step by the plugin's layer."""
         own = PagedLayer(
-            policy, index, self.query.shape[1], GROUPS, DIM, DIM**-0.5, window, s_aux, impl
-        )
+            policy, index, self.query.shape[1], GROUPS, DIM, DIM**-0.5, window, s_aux, impl,
+            phase=phase,
+        )  # fmt: skip
         self._score_the_past(own)
         out = torch.full_like(self.query, float("nan"))
         rest = self.query, self.new(self.keys), self.new(self.values), out
@@ -292,6 +293,56 @@ def test_prefill_policies_read_whole_while_decoding():
     assert not reads_all(POLICIES["pooled"], chunk, whole_up_to(POLICIES["pooled"], 0, HEADS))
 
 
+def test_any_policy_may_be_for_prompts_alone():
+    decoded, chunk = Request(0, 0, 1, 10**6), Request(0, 0, 500, 10**6)
+    assert reads_all(POLICIES["gated"], decoded, 0, "prefill")
+    assert not reads_all(POLICIES["gated"], decoded, 0, "both")
+    assert not reads_all(POLICIES["gated"], chunk, 0, "prefill")
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("name", ["full", "streaming", "gated", "retained", "pooled", "quest"])
+def test_decoded_tokens_read_every_key_where_a_policy_is_for_prompts_alone(name, window):
+    step = Step()
+    found = step.paged(POLICIES[name], window, phase="prefill")
+    asked, every = (step.together(p, window) for p in (POLICIES[name], policies.Causal()))
+    for request in step.batch:
+        rows = slice(request.start, request.stop)
+        expected = every if request.phase == "decode" else asked
+        torch.testing.assert_close(found[rows], expected[rows])
+
+
+def test_nothing_is_gathered_for_decoded_tokens_that_read_every_key(monkeypatch):
+    step = Step(requests=((70, 1), (SIZE * 5, 1)))
+    expected = step.together(policies.Causal())
+    monkeypatch.setattr(Pages, "gather", None)
+    for policy in (POLICIES["gated"], POLICIES["quest"]):
+        torch.testing.assert_close(step.paged(policy, phase="prefill"), expected)
+    torch.testing.assert_close(step.paged(POLICIES["h2o"]), expected)
+
+
+@pytest.mark.parametrize(
+    "name, phase, whole",
+    [
+        ("full", "both", True),
+        ("gated", "both", False),
+        ("gated", "prefill", True),
+        ("h2o", "both", True),
+        ("streaming", "both", False),
+        ("retained", "prefill", False),  # scores of decoded tokens are kept beside the cache
+    ],
+)
+def test_which_steps_of_decoded_tokens_are_plain_attention(name, phase, whole):
+    assert decodes_whole(POLICIES[name], phase) == whole
+
+
+def test_layers_of_one_step_that_read_otherwise_are_told_apart():
+    batch = Batch([0, 50], [50], torch.zeros(1, 8, dtype=torch.int32))
+    for window, known in ((100, True), (8, False), (100, True)):
+        own = PagedLayer(Gated(window=window), 0, HEADS, GROUPS, DIM, 1.0)
+        assert own.reads_all(batch) is known
+
+
 # what is asked for
 
 
@@ -300,6 +351,9 @@ def test_settings_of_the_environment_and_of_the_configuration():
     assert Settings.of(None, environment) == Settings("streaming", "cpu")
     given = {"dynmask": {"policy": "gated:window=8"}}
     assert Settings.of(given, environment) == Settings("gated:window=8")
+    given["dynmask"]["phase"] = "prefill"
+    assert Settings.of(given, environment) == Settings("gated:window=8", phase="prefill")
+    assert Settings.of(None, environment | {"DYNMASK_PHASE": "prefill"}).phase == "prefill"
     assert Settings.of({"other": 1}, {}) is None
 
 
@@ -311,6 +365,7 @@ def test_settings_of_the_environment_and_of_the_configuration():
         ({"dynmask": "a"}, "texts named"),
         ({"dynmask": {"policy": 3}}, "texts named"),
         ({"dynmask": {"policy": "streaming", "impl": "gpu"}}, "one of auto"),
+        ({"dynmask": {"policy": "streaming", "phase": "decode"}}, "one of both, prefill"),
     ],
 )
 def test_settings_that_are_none(given, message):

@@ -6,6 +6,7 @@ Runs where vLLM is installed (``CONTRIBUTING.md``); each engine is a process of 
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +215,56 @@ def test_the_backend_of_gpus_leaves_what_is_read_whole_to_flash_attention(
     short = ask(tmp_path, folder / "model", prompts[:3], TOKENS, own, **cut)
     assert short.tokens == found.tokens[:3]
     assert "'dense'" in short.said and "'chosen'" not in short.said
+
+
+class PromptsAlone(policies.Gated):
+    """Chooses for prompts; decoded tokens read every key."""
+
+    phase = "prefill"
+
+
+def test_a_policy_for_prompts_alone_leaves_decoding_to_flash_attention(tiny, tmp_path):
+    model, folder = tiny
+    prompts = prompts_of(256)
+    own = {"DYNMASK_POLICY": "gated:window=32,columns=16", "DYNMASK_TEST_FLASH": "1"}
+    own["DYNMASK_PHASE"] = "prefill"
+    found = ask(tmp_path, folder / "model", prompts, TOKENS, own, **WHOLE)
+    expected = answers(model, PromptsAlone(window=32, columns=16), prompts)
+    assert found.tokens == expected
+    assert expected != answers(model, policies.Gated(window=32, columns=16), prompts)
+    assert "'dense'" in found.said and "'chosen'" in found.said
+
+
+def test_graphs_hold_attention_that_reads_every_key_and_no_other(monkeypatch):
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+    from dynmask.integrations.vllm import flash
+
+    for whole, support in ((True, "UNIFORM_SINGLE_TOKEN_DECODE"), (False, "NEVER")):
+        engine = SimpleNamespace(decodes_whole=whole)
+        monkeypatch.setattr(flash.Engine, "of", lambda config, engine=engine: engine)
+        found = flash.FlashBuilder.get_cudagraph_support(None, None)
+        assert found is AttentionCGSupport[support]
+    builder = object.__new__(flash.FlashBuilder)
+    monkeypatch.setattr(builder, "build", lambda **_: SimpleNamespace(dynmask="a batch"))
+    recorded = builder.build_for_cudagraph_capture(None)
+    impl = object.__new__(flash.FlashImpl)
+    impl._parts = SimpleNamespace(layer=lambda name: None)  # a layer that nobody may ask
+    monkeypatch.setattr(FlashAttentionImpl, "forward", lambda *step: "flash attention")
+    layer = SimpleNamespace(layer_name="model.layers.0.self_attn.attn")
+    assert impl.forward(layer, None, None, None, None, recorded, None) == "flash attention"
+
+
+def test_lengths_come_from_the_host_where_it_knows_them():
+    from dynmask.integrations.vllm.backend import batch_of
+
+    starts, lengths = torch.tensor([0, 3, 4]), torch.tensor([3, 9])
+    common = SimpleNamespace(query_start_loc_cpu=starts, block_table_tensor=None, seq_lens=None)
+    common.seq_lens_cpu_upper_bound = lengths
+    assert batch_of(common).lengths == [3, 9]
+    common.seq_lens, common.seq_lens_cpu_upper_bound = lengths, None
+    assert batch_of(common).lengths == [3, 9]
 
 
 def test_a_converted_model_reads_by_its_own_scores(tmp_path):

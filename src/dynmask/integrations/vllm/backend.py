@@ -86,9 +86,14 @@ class PagedMetadata:
 
 
 def batch_of(common: CommonAttentionMetadata) -> Batch:
-    """The requests of a step; reads their lengths from the device, once for all layers."""
+    """The requests of a step, once for all layers.
+
+    Their lengths come from the host, where vLLM knows them before the device does: a bound that is
+    exact without speculative decoding, which is refused. Older versions have none: the device's.
+    """
     starts = common.query_start_loc_cpu.tolist()
-    lengths = common.seq_lens.tolist()
+    known = getattr(common, "seq_lens_cpu_upper_bound", None)
+    lengths = (common.seq_lens if known is None else known).tolist()
     return Batch(starts, lengths, common.block_table_tensor)
 
 

@@ -26,7 +26,7 @@ from .checks import (
     shape_of,
     shard,
 )
-from .layer import PagedLayer
+from .layer import PagedLayer, decodes_whole
 from .settings import CARD, POLICY, Settings
 
 logger = init_logger(__name__)
@@ -66,8 +66,13 @@ class Engine:
         ranks = config.parallel_config.tensor_parallel_size
         rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
         self.policy = shard(policy, rank, ranks, shape_of(text)[2])
-        self.impl = settings.impl
+        self.impl, self.phase = settings.impl, settings.phase
         logger.info("dynmask: attention under %s", settings.policy)
+
+    @property
+    def decodes_whole(self) -> bool:
+        """Whether a step of decoded tokens alone is plain attention."""
+        return decodes_whole(self.policy, self.phase)
 
     @classmethod
     def of(cls, config: VllmConfig) -> Engine:
@@ -149,7 +154,7 @@ class Parts:
         if self._layer is None:
             policy = self.engine.policy
             unrotate = _unrotate if reads_keys(policy) else None
-            rest = self._window, self._s_aux, self.engine.impl, unrotate
+            rest = self._window, self._s_aux, self.engine.impl, unrotate, self.engine.phase
             self._layer = PagedLayer(policy, layer_index(name), *self._sizes, *rest)
         return self._layer
 

@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from . import BACKEND
 from .backend import batch_of
-from .engine import Parts
+from .engine import Engine, Parts
 from .pages import Pages
 
 
@@ -62,14 +62,26 @@ class FlashBackend(FlashAttentionBackend):
 class FlashBuilder(FlashAttentionMetadataBuilder):
     """FlashAttention's description of a step, and ours beside it."""
 
-    # a choice of keys is made by Python in every step: no graph can hold it
     _cudagraph_support = AttentionCGSupport.NEVER
     supports_update_block_table = False
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Attention is left out of CUDA graphs."""
+        """Graphs hold attention of decoded tokens where they read every key, and nothing else.
+
+        A choice of keys is made by Python in every step, which no graph can hold.
+        """
+        if Engine.of(vllm_config).decodes_whole:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.NEVER
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> FlashAttentionMetadata:
+        """The description of a step that is recorded: in it no layer asks for a choice."""
+        made: Any = super().build_for_cudagraph_capture(common_attn_metadata)
+        made.dynmask = None
+        return made
 
     def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
         """Requests are computed one by one, or all of them read every key."""
@@ -135,6 +147,8 @@ class FlashImpl(FlashAttentionImpl):
         if attn_metadata is None:  # vLLM measures what a step takes
             return super().forward(*step)
         own, batch = self._parts.layer(layer.layer_name), attn_metadata.dynmask
+        if batch is None:
+            return super().forward(*step)
         if own.reads_all(batch):
             own.note_scores(Pages.of(kv_cache, self.num_kv_heads, self.head_size), batch)
             return super().forward(*step)

@@ -21,6 +21,9 @@ from .pages import Pages, Scores
 LOOKS_AT_NOTHING = (Causal, Streaming, Dam, Elastic)
 """Policies that need no keys to choose: none are gathered for them while tokens are decoded."""
 
+EVERY_KEY = Causal()
+"""What answers for decoded tokens where the policy is for prompts alone."""
+
 SAME_IN_ALL_LAYERS = (Causal, Streaming)
 """Policies whose lists all layers share."""
 
@@ -37,12 +40,26 @@ def whole_up_to(policy: Any, index: int, heads: int) -> float:
     return policy.retention(index).least if evicts(policy) else 0
 
 
-def reads_all(policy: Any, request: Request, whole: float) -> bool:
+def decodes_whole(policy: Any, phase: str) -> bool:
+    """Whether every decoded token reads every key, and leaves nothing beside the cache.
+
+    So a step of decoded tokens alone is plain attention, whatever the layer.
+
+    Args:
+        policy: what decides.
+        phase: of the settings, "both" or "prefill".
+    """
+    whole = isinstance(policy, Causal) or "prefill" in (phase, policy.phase)
+    return whole and not evicts(policy)
+
+
+def reads_all(policy: Any, request: Request, whole: float, phase: str = "both") -> bool:
     """Whether a request's queries are known to read every key, before the policy is asked.
 
-    ``whole`` is that of :func:`whole_up_to`, which a layer asks once.
+    ``whole`` is that of :func:`whole_up_to`, which a layer asks once; ``phase`` that of the
+    settings.
     """
-    prompts_alone = request.phase == "decode" and policy.phase == "prefill"
+    prompts_alone = request.phase == "decode" and "prefill" in (phase, policy.phase)
     return prompts_alone or request.keys <= whole
 
 
@@ -59,6 +76,7 @@ class PagedLayer:
         s_aux: the model's own attention sinks [heads], or None.
         impl: implementation of ``dynmask.attention``.
         unrotate: for policies that score keys as they were before rotation.
+        phase: "prefill" where decoded tokens read every key whatever the policy, or "both".
     """
 
     def __init__(
@@ -73,8 +91,9 @@ class PagedLayer:
         s_aux: Tensor | None = None,
         impl: str = "auto",
         unrotate: Unrotate | None = None,
+        phase: str = "both",
     ) -> None:
-        self.policy, self.index = policy, index
+        self.policy, self.index, self.phase = policy, index, phase
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.scale, self.window, self.s_aux, self.impl = scale, window, s_aux, impl
         self._unrotate = unrotate
@@ -83,8 +102,12 @@ class PagedLayer:
         self._scores: Scores | None = None
 
     def reads_all(self, batch: Batch) -> bool:
-        """Whether no request of a step needs a choice."""
-        return all(reads_all(self.policy, r, self._whole) for r in batch)
+        """Whether no request of a step needs a choice; layers that ask alike ask once."""
+        name = ("reads all", self._whole)
+        if name not in batch.memo:
+            own = self._whole, self.phase
+            batch.memo[name] = all(reads_all(self.policy, r, *own) for r in batch)
+        return bool(batch.memo[name])
 
     def attend(
         self,
@@ -143,20 +166,24 @@ class PagedLayer:
     def _ask(
         self, batch: Batch, request: Request, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Mask, Tensor | None]:
-        """What the policy answers for one request."""
+        """What the policy answers for one request, or nobody where every key is read."""
         scores = None
+        policy = self.policy
+        if request.phase == "decode" and self.phase == "prefill":
+            policy = EVERY_KEY
         if self._scores is not None:
             scores = self._scores.read(batch.table[request.number], request.keys)
         layer = Layer(self.index, self._first(request))
         rest = self.window, batch.memo, scores
-        return ask(self.policy, layer, request.phase, query, key, value, *rest)
+        return ask(policy, layer, request.phase, query, key, value, *rest)
 
     def _decode(
         self, pages: Pages, batch: Batch, requests: list[Request], query: Tensor, out: Tensor
     ) -> None:
         """One token of each request, all in one call that reads the pages as they lie."""
         biased: list[Request] = []
-        shared = isinstance(self.policy, SAME_IN_ALL_LAYERS)
+        prompts_alone = "prefill" in (self.phase, self.policy.phase)
+        shared = prompts_alone or isinstance(self.policy, SAME_IN_ALL_LAYERS)
         name = ("decode", pages.step, pages.size, self.window)
         plan = batch.memo.get(name) if shared else None
         if plan is None:
@@ -190,7 +217,8 @@ class PagedLayer:
     def _to_look_at(self, pages: Pages, batch: Batch, request: Request) -> tuple[Tensor, Tensor]:
         """Keys and values to choose by; a shape alone where nobody looks."""
         first, heads = self._first(request), self.kv_heads
-        if self._by_score or isinstance(self.policy, LOOKS_AT_NOTHING):
+        prompts_alone = "prefill" in (self.phase, self.policy.phase)
+        if prompts_alone or self._by_score or isinstance(self.policy, LOOKS_AT_NOTHING):
             nothing = pages.cache.new_empty(1).expand(1, heads, request.keys - first, self.head_dim)
             return nothing, nothing
         return pages.gather(batch.table[request.number], first, request.keys)
@@ -267,4 +295,12 @@ def join(lists: list[Lists], slots: int) -> Plan:
     )
 
 
-__all__ = ["Lists", "PagedLayer", "join", "paged", "reads_all", "whole_up_to"]
+__all__ = [
+    "Lists",
+    "PagedLayer",
+    "decodes_whole",
+    "join",
+    "paged",
+    "reads_all",
+    "whole_up_to",
+]

@@ -11,10 +11,14 @@ from ...attention import IMPLS
 from ...errors import bad
 
 CARD, POLICY, IMPL = "DYNMASK_CARD", "DYNMASK_POLICY", "DYNMASK_IMPL"
+PHASE = "DYNMASK_PHASE"
 """Environment variables."""
 
 SECTION = "dynmask"
-"""Name in ``--additional-config``, whose entries are card, policy and impl."""
+"""Name in ``--additional-config``, whose entries are card, policy, impl and phase."""
+
+PHASES = ("both", "prefill")
+"""When a policy is asked: for prompts and decoded tokens, or for prompts alone."""
 
 SUPPORTED_IMPLS = tuple(name for name in IMPLS if name != "sdpa")
 
@@ -26,10 +30,12 @@ class Settings:
     Args:
         policy: as on the command line, ``streaming:sinks=4,window=1024`` or ``gated:FOLDER``.
         impl: implementation of ``dynmask.attention``.
+        phase: "both", or "prefill" where decoded tokens read every key whatever the policy.
     """
 
     policy: str
     impl: str = "auto"
+    phase: str = "both"
 
     @classmethod
     def of(
@@ -44,10 +50,10 @@ class Settings:
         given: Any = additional.get(SECTION) if isinstance(additional, Mapping) else None
         source = f"--additional-config {SECTION}"
         if given is None:
-            names = {"card": CARD, "policy": POLICY, "impl": IMPL}
+            names = {"card": CARD, "policy": POLICY, "impl": IMPL, "phase": PHASE}
             given = {k: environment[v] for k, v in names.items() if environment.get(v)}
             source = f"{CARD}, {POLICY}"
-        known = ("card", "policy", "impl")
+        known = ("card", "policy", "impl", "phase")
         if not isinstance(given, Mapping) or not all(
             key in known and isinstance(text, str) for key, text in given.items()
         ):
@@ -65,7 +71,10 @@ class Settings:
         impl = given.get("impl", "auto")
         if impl not in SUPPORTED_IMPLS:
             raise bad(f"{source} impl", f"one of {', '.join(SUPPORTED_IMPLS)}", repr(impl))
-        return cls(policy or policy_of_card(str(card)), impl)
+        phase = given.get("phase", "both")
+        if phase not in PHASES:
+            raise bad(f"{source} phase", f"one of {', '.join(PHASES)}", repr(phase))
+        return cls(policy or policy_of_card(str(card)), impl, phase)
 
 
 def policy_of_card(path: str) -> str:
@@ -75,4 +84,4 @@ def policy_of_card(path: str) -> str:
     return f"{MaskCard.from_pretrained(path).header['policy']}:{path}"
 
 
-__all__ = ["CARD", "IMPL", "POLICY", "SECTION", "Settings", "policy_of_card"]
+__all__ = ["CARD", "IMPL", "PHASE", "POLICY", "SECTION", "Settings", "policy_of_card"]
