@@ -242,7 +242,7 @@ def gated_of(
     gates = Gates(**{name: card.tensors[name] for name in names})
     settings = replace(settings_of(card.header["settings"]), **options)
     promise = card.header.get("least_mass")
-    promise = None if promise is None else torch.tensor(promise)
+    promise = None if promise is None else torch.tensor(promise, dtype=torch.float32)
     policy = settings.policy(gates, promise, _encoders_of(card, settings))
     return replace(policy, decode=decode, dense_up_to=dense_up_to, card=card)
 

@@ -245,8 +245,8 @@ class EncoderTraining:
 
 
 def encoder_of(settings: GatedSettings, description: dict[str, Any]) -> BlockEncoder:
-    """An encoder of the sizes that settings and model ask for."""
-    return BlockEncoder(
+    """An encoder of the sizes that settings and model ask for, float32 whatever the default is."""
+    encoder = BlockEncoder(
         description["heads"],
         description["kv_heads"],
         description["head_dim"],
@@ -255,6 +255,7 @@ def encoder_of(settings: GatedSettings, description: dict[str, Any]) -> BlockEnc
         query_pool=settings.query_pool,
         key_pool=settings.key_pool,
     )
+    return encoder.float()
 
 
 class _Teacher(AnyModel):

@@ -63,7 +63,7 @@ class Gates:
     def full(cls, layers: int, heads: int) -> Gates:
         """Every map dense."""
         window = torch.full((layers, heads), LifetimeMask.INF, dtype=torch.int32)
-        return cls(window, torch.zeros_like(window), torch.zeros(layers, heads))
+        return cls(window, torch.zeros_like(window), torch.zeros_like(window, dtype=torch.float32))
 
     @property
     def dense(self) -> Tensor:
@@ -77,7 +77,7 @@ class Gates:
         return Gates(
             torch.where(maps, torch.tensor(window, dtype=torch.int32), self.window),
             torch.where(maps, torch.tensor(columns, dtype=torch.int32), self.columns),
-            torch.where(maps, torch.tensor(share), self.share),
+            torch.where(maps, torch.tensor(share, dtype=torch.float32), self.share),
             torch.where(maps, torch.tensor(blocks, dtype=torch.int32), self.blocks),
         )
 

@@ -165,13 +165,16 @@ def score_keys(module: nn.Module, key: Tensor, value: Tensor, layer: Layer) -> T
 def score_module(
     settings: Mapping[str, Any], model: Mapping[str, Any], device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """A new score module: ``settings`` has head and hidden, ``model`` kv_heads and head_dim."""
+    """A new score module: ``settings`` has head and hidden, ``model`` kv_heads and head_dim.
+
+    Its parameters are float32, whatever PyTorch's default is: servers load models under bfloat16.
+    """
     with torch.device(device):
         if settings["head"] == "pair":
-            return PairScore(model["kv_heads"], model["head_dim"], settings["hidden"])
+            return PairScore(model["kv_heads"], model["head_dim"], settings["hidden"]).float()
         # The softplus of the other forms is a detour here: the order of the scores is all that
         # counts, and the loss compares them as logits.
-        return ValueScore(model["kv_heads"], model["head_dim"], form="bounded")
+        return ValueScore(model["kv_heads"], model["head_dim"], form="bounded").float()
 
 
 def from_card(card: MaskCard, width: int | None = None, budget: str = "even") -> Retained:
