@@ -122,9 +122,8 @@ class Adapter:
         policy = self._policy(module)
         check_call(module, dropout, softcap, kwargs)
         self._check_heads(query.shape[1])
-        if torch.is_autocast_enabled(query.device.type):
-            # norms and the rotation may have computed in a wider dtype than the projections
-            query, key = query.to(value.dtype), key.to(value.dtype)
+        if not query.dtype == key.dtype == value.dtype:
+            query, key = _as_projected(query, key, value)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         call = take_call(module) if drops_keys(policy) else NO_CALL
         if not evicts(policy):  # nothing is scored: keys stay as they were rotated
@@ -152,19 +151,11 @@ class Adapter:
         phase = "decode" if queries == 1 and where.has_past else "prefill"
         if not where.spans:
             return query.new_zeros(batch, heads, queries, value.shape[-1])
-        common = where.common(batch)
-        groups = (
-            [(slice(0, batch), *common)]
-            if common is not None
-            else [
-                (slice(s.batch, s.batch + 1), s, n)
-                for s, n in zip(where.spans, where.first_keys, strict=True)
-            ]
-        )
+        groups = where.groups(batch)
         masks, biases, parts = [], [], []
         for batches, span, first_key in groups:
-            q = query[batches, :, span.queries]
-            k, v = key[batches, :, span.keys], value[batches, :, span.keys]
+            q = _part(query, batches, span.queries)
+            k, v = _part(key, batches, span.keys), _part(value, batches, span.keys)
             unrotate = unrotate_of(site.module, site.call, batches, span.queries, first_key)
             tell, pools = partial(self._hear, site, phase), site.pools_of(batches)
             layer = Layer(site.index, first_key, unrotate, tell, pools)
@@ -327,6 +318,23 @@ class Adapter:
             where = Placement.from_bool(mask, batch, queries, keys, sliding_window)
         self._placements[name] = weakref.ref(mask), where
         return where
+
+
+def _part(x: Tensor, rows: slice, positions: slice) -> Tensor:
+    """Some rows and positions of [b, heads, n, d]; the tensor itself where those are all."""
+    batch, _, n, _ = x.shape
+    whole = rows.stop - rows.start == batch and positions.stop - positions.start == n
+    return x if whole else x[rows, :, positions]
+
+
+def _as_projected(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys in the dtype of the values under autocast.
+
+    Norms and the rotation may have computed in a wider dtype than the projections.
+    """
+    if not torch.is_autocast_enabled(query.device.type):
+        return query, key
+    return query.to(value.dtype), key.to(value.dtype)
 
 
 def check_one_sequence(positions: Tensor | None, queries: int) -> None:

@@ -27,9 +27,9 @@ def chooses(policy: Any, index: int) -> bool:
     return retention.most > retention.sinks + retention.window
 
 
-def _is_causal(policy: Any) -> bool:
-    """Whether a policy is known to read every key."""
-    return isinstance(policy, Causal)
+def _reads_all(policy: Any, keys: int) -> bool:
+    """Whether a policy is known to read each of so many keys, before it is asked."""
+    return isinstance(policy, Causal) or keys <= getattr(policy, "dense_up_to", 0)
 
 
 def ask(
@@ -63,7 +63,7 @@ def ask(
     limited = window is not None and keys > window
     by_score = chooses(policy, layer.index)
     dense = (
-        _is_causal(policy)
+        _reads_all(policy, keys)
         or (phase == "decode" and policy.phase == "prefill")
         # what a layer's own window has dropped can no longer be ranked
         or (by_score and window is not None)
@@ -71,7 +71,7 @@ def ask(
     own: Mask | None = None
     if dense or limited:
         # made once per forward for all layers; those of one step may have windows of their own
-        size = keys, queries, window if limited else None, str(key.device)
+        size = keys, queries, window if limited else None, key.device
         own = memo.get(size)
         if own is None:
             own = LifetimeMask.causal(keys, queries, device=key.device)

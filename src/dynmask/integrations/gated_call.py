@@ -216,10 +216,8 @@ class GatedCall:
 
     def _groups(self, where: Placement) -> list[tuple[list[int], Span]]:
         """Batch rows that the policy is asked about together, and their span."""
-        common = where.common(self.batch)
-        if common is not None:
-            return [(list(range(self.batch)), common[0])]
-        return [([span.batch], span) for span in where.spans]
+        groups = where.groups(self.batch)
+        return [(list(range(rows.start, rows.stop)), span) for rows, span, _ in groups]
 
     def _ask(self, store: WholeStore | HostedStore, heads: Heads, policy: Gated) -> Tensor:
         """Attention under what the policy answers: [b, h, n, dv]."""

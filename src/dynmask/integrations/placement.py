@@ -17,11 +17,11 @@ from torch import Tensor
 from ..masks import Span
 
 # Rows of a linear mask.
-POSITION, OWN_KEY, WINDOW, COVERED = range(4)
+POSITION, OLD_KEY, WINDOW, COVERED = range(4)
 ROWS = 4
 # Values of the position row that are not positions.
 HIDDEN, HOLE = -1, -2
-# Value of the window row and of the covered row when there is none.
+# Value of the other rows when there is none.
 NONE = -1
 # Attribute of a linear mask without padding: what was put in it, (own key, first key, window).
 PLAIN = "_dynmask_plain"
@@ -57,6 +57,24 @@ class Placement:
             if span.batch != row or _extent(span) != _extent(first) or other != first_key:
                 return None
         return first, first_key
+
+    def groups(self, batch: int) -> list[tuple[slice, Span, int]]:
+        """Batch rows that are asked about together, their span and its first key.
+
+        All layers of a forward have the same.
+        """
+        name = "groups", batch
+        if name not in self.memo:
+            common = self.common(batch)
+            self.memo[name] = (
+                [(slice(0, batch), *common)]
+                if common is not None
+                else [
+                    (slice(s.batch, s.batch + 1), s, n)
+                    for s, n in zip(self.spans, self.first_keys, strict=True)
+                ]
+            )
+        return self.memo[name]
 
     @property
     def has_past(self) -> bool:
@@ -96,8 +114,9 @@ class Placement:
             stop = _check_room(own, queries, keys)
             spans = tuple(Span(row, 0, stop, 0, queries) for row in range(len(mask)))
             return cls(spans, (first_key,) * len(mask), known_window)
-        table = torch.cat([mask[:, 0, POSITION, :keys], mask[:, 0, OWN_KEY:, 0]], -1).cpu()
-        own, window, covered = table[0, keys:].tolist()
+        table = torch.cat([mask[:, 0, POSITION, :keys], mask[:, 0, OLD_KEY:, 0]], -1).cpu()
+        old, window, covered = table[0, keys:].tolist()
+        own = old + 1
         stop = _check_room(own, queries, keys)
         if covered != NONE and covered < stop:
             raise ValueError(
@@ -201,7 +220,8 @@ def linear_mask(
         keys: keys of the tensor, unused cache slots included.
         query_offset: tokens before the first query, padding counted.
         key_offset: tokens before the first key, padding counted.
-        attention_mask: bool [b, tokens], False for padding; None when there is none.
+        attention_mask: bool [b, tokens], False for padding; None when there is none. One
+            without padding is as none.
         window: sliding window, its own key counted, or None.
         device: where the mask is needed.
         joined: bool [b, keys - 1] for packed rows: key i + 1 is of the sequence of key i.
@@ -209,33 +229,75 @@ def linear_mask(
     Returns:
         int32 [b, 1, 4, keys]. First row: position of the key in its sequence (counted from the
         first token that is not padding), or a negative number when it is hidden. The others are
-        constant: index of the first query's own key, window, keys that attention_mask covers.
+        constant: index of the last key before the first query's own, window, keys that
+        attention_mask covers; each -1 where there is none. Without padding and packing all batch
+        rows are one in memory.
     """
-    out = torch.empty(batch, 1, ROWS, keys, dtype=torch.int32, device=device)
-    token = torch.arange(keys, device=device) + key_offset
-    covered = NONE
-    if joined is not None:
-        start = torch.nn.functional.pad(~joined, (1, 0), value=True)
-        start = torch.where(start, token, 0).cummax(-1).values
-        position = token - start
-    elif attention_mask is None:
-        position = token.expand(batch, -1)
-    else:
+    own, covered, seen = query_offset - key_offset, NONE, None
+    if attention_mask is not None:
         seen = attention_mask.to(device=device, dtype=torch.bool)
+        if isinstance(query_offset, int) and _hides_nothing(seen, query_offset + queries):
+            seen = None
+    if joined is not None:
+        table = _table(_positions_of_packed(joined, key_offset, keys))
+    elif seen is not None:
         covered = seen.shape[1] - key_offset
-        first = seen.int().argmax(-1, keepdim=True)
-        runs = (seen[:, 1:] & ~seen[:, :-1]).sum(-1, keepdim=True) + seen[:, :1]
-        here = seen[:, key_offset : key_offset + keys]
-        here = torch.nn.functional.pad(here, (0, keys - here.shape[1]), value=False)
-        position = (token - first).masked_fill(~here, HIDDEN).masked_fill(runs > 1, HOLE)
-    out[:, 0, POSITION] = position
-    out[:, 0, OWN_KEY] = query_offset - key_offset
-    out[:, 0, WINDOW] = NONE if window is None else window
-    out[:, 0, COVERED] = covered
-    known = joined is None and attention_mask is None and isinstance(query_offset, int)
+        table = _table(_positions_of_padded(seen, key_offset, keys))
+    else:
+        table = _counted(key_offset, keys, device)
+    for row, constant in ((OLD_KEY, own - 1), (WINDOW, window), (COVERED, covered)):
+        if constant is not None and (isinstance(constant, Tensor) or constant != NONE):
+            table[:, 0, row] = constant
+    out = table.expand(batch, -1, -1, -1)
+    known = joined is None and seen is None and isinstance(own, int)
     if known and not torch.compiler.is_compiling():
-        setattr(out, PLAIN, (query_offset - key_offset, key_offset, window))
+        setattr(out, PLAIN, (own, key_offset, window))
     return out
+
+
+def _hides_nothing(seen: Tensor, tokens: int) -> bool:
+    """Whether a mask bool [b, n] says no more of the first ``tokens`` than none would.
+
+    That is read from the device, for then the placement need not be, and costs next to nothing.
+    """
+    if torch.compiler.is_compiling() or seen.shape[1] < tokens:
+        return False
+    return bool(seen.all())
+
+
+def _counted(first: int, keys: int, device: torch.device | str) -> Tensor:
+    """A linear mask [1, 1, 4, keys] of positions from ``first`` on, and no constants.
+
+    Two launches: it is made while the device has nothing else to do yet.
+    """
+    count = torch.arange(first, first + ROWS * keys, dtype=torch.int32, device=device)
+    table = count.view(1, 1, ROWS, keys)
+    table[:, :, POSITION + 1 :].fill_(NONE)
+    return table
+
+
+def _table(position: Tensor) -> Tensor:
+    """A linear mask of positions [b, keys], and no constants."""
+    table = position.new_full((len(position), 1, ROWS, position.shape[1]), NONE, dtype=torch.int32)
+    table[:, 0, POSITION] = position
+    return table
+
+
+def _positions_of_packed(joined: Tensor, first: int, keys: int) -> Tensor:
+    """Positions [b, keys] in the sequences that ``joined`` tells apart."""
+    token = torch.arange(keys, device=joined.device) + first
+    start = torch.nn.functional.pad(~joined, (1, 0), value=True)
+    return token - torch.where(start, token, 0).cummax(-1).values
+
+
+def _positions_of_padded(seen: Tensor, first: int, keys: int) -> Tensor:
+    """Positions [b, keys] of keys from token ``first`` on; ``seen`` bool [b, tokens]."""
+    token = torch.arange(keys, device=seen.device) + first
+    begin = seen.int().argmax(-1, keepdim=True)
+    runs = (seen[:, 1:] & ~seen[:, :-1]).sum(-1, keepdim=True) + seen[:, :1]
+    here = seen[:, first : first + keys]
+    here = torch.nn.functional.pad(here, (0, keys - here.shape[1]), value=False)
+    return (token - begin).masked_fill(~here, HIDDEN).masked_fill(runs > 1, HOLE)
 
 
 def is_linear(mask: Tensor) -> bool:

@@ -53,15 +53,26 @@ def policy_of(policy: Any, shard: tuple[int, int]) -> Any:
     return policy.of_shard(*shard)
 
 
-def check_heads(received: int, model: PreTrainedModel, shard: tuple[int, int], policy: Any) -> None:
+def check_heads(
+    received: int, heads: int, model: PreTrainedModel, shard: tuple[int, int], policy: Any
+) -> None:
     """Raise ValueError where attention is called with other heads than a rank was taken to hold.
 
     A policy without numbers of single heads takes any, where nobody said how many there are.
+
+    Args:
+        received: query heads of an attention call.
+        heads: query heads of the model.
+        model: whose attention is called.
+        shard: rank and number of the ranks that share the heads.
+        policy: of the rank.
     """
-    expected = decoder_config(model).num_attention_heads // shard[1]
+    expected = heads // shard[1]
+    if received == expected:
+        return
     split = getattr(model, "_tp_size", None) not in (None, 1)
     told = split or shard[1] > 1 or isinstance(policy, Sharded)
-    if told and received != expected:
+    if told:
         raise bad(
             "heads", f"attention of {expected} heads on this rank", received,
             "Load the model without tp_plan, or with one that splits all layers alike."

@@ -124,6 +124,7 @@ class Run(Adapter):
         self.shard = shard_of(model)
         self.policy = policy_of(policy, self.shard)
         self._layers: int = config.num_hidden_layers
+        self._heads: int = config.num_attention_heads
         super().__init__(impl)
         self._first_layer = min(int(m.layer_idx) for m in attention_modules(model))  # type: ignore[arg-type]
         self._rows = measure_rows
@@ -236,7 +237,7 @@ class Run(Adapter):
         return self.policy
 
     def _check_heads(self, heads: int) -> None:
-        check_heads(heads, self.model, self.shard, self.policy)
+        check_heads(heads, self._heads, self.model, self.shard, self.policy)
 
     def _note(self, site: Site, phase: str, query: Tensor, mask: Mask, bias: Tensor | None) -> None:
         sinks = site.s_aux is not None

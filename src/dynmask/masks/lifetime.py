@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -239,7 +239,8 @@ class LifetimeMask(Mask):
 
     def expand(self, batch: int) -> LifetimeMask:
         """The same mask for ``batch`` batch rows."""
-        return replace(self, death=self.death.expand(batch, -1, -1))
+        death = self.death.expand(batch, -1, -1)
+        return LifetimeMask(death, self.queries, self.plain, self.most)
 
     def dense(self, rows: tuple[int, int] | None = None) -> Tensor:
         """bool [b, heads, rows, keys], straight from the definition."""

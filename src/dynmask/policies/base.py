@@ -87,9 +87,20 @@ class Evicting(Protocol):
         ...
 
 
+EVICTING = ("retention", "scores", "bias")
+"""Methods of :class:`Evicting`."""
+
+
 def evicts(policy: Any) -> bool:
-    """Whether a policy is one of :class:`Evicting`."""
-    return isinstance(policy, Evicting)
+    """Whether a policy is one of :class:`Evicting`.
+
+    Each attention call asks, so its methods are looked up: ``isinstance`` would walk through the
+    protocol's members first.
+    """
+    for name in EVICTING:
+        if getattr(policy, name, None) is None:
+            return False
+    return True
 
 
 @runtime_checkable
