@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--blocks", action="store_true", help="offer blocks too")
     parser.add_argument("--encoder", action="store_true", help="train what scores the blocks")
     parser.add_argument("--pool", type=int, default=1)
+    parser.add_argument("--least-window", type=int, default=0, help="no budget has a narrower one")
     parser.add_argument("--least", type=float, default=1e-3)
     parser.add_argument("--characters", type=int, default=12_000_000, help="of text")
     parser.add_argument("--seed", type=int, default=1)
@@ -150,7 +151,11 @@ def main() -> None:
     texts, judged = documents(
         author, options.lengths, options.documents, options.seed, options.beside, options.recall
     )
-    budgets = WITH_BLOCKS if options.blocks or options.encoder else BUDGETS
+    offered = WITH_BLOCKS if options.blocks or options.encoder else BUDGETS
+    budgets = tuple(budget for budget in offered if budget.window >= options.least_window)
+    if not budgets:
+        most = max(budget.window for budget in offered)
+        parser.error(f"--least-window: expected at most {most}, received {options.least_window}")
     for allowed in options.max_kl:
         settings = GatedSettings(
             max_kl=allowed, least=options.least, pool=options.pool, encoder=options.encoder,
