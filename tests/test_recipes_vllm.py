@@ -88,7 +88,7 @@ class Steps:
     """An engine that gives one token of an answer a step, after one that gives none."""
 
     def __init__(self, tokens):
-        self.left = [0, *range(1, tokens + 1)]
+        self.left, self.now = [0, *range(1, tokens + 1)], 10
 
     def add_request(self, name, prompt, wanted):
         assert prompt == {"prompt_token_ids": [5, 6]}
@@ -98,6 +98,7 @@ class Steps:
 
     def step(self):
         made = self.left.pop(0)
+        self.now += 1
         return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[7] * made)])]
 
 
@@ -105,12 +106,15 @@ def test_the_first_token_is_the_first_that_comes_back(monkeypatch):
     vllm = ModuleType("vllm")
     vllm.SamplingParams = SimpleNamespace
     monkeypatch.setitem(sys.modules, "vllm", vllm)
-    clock = iter((10.0, 11.5, 14.0))  # when asked, at the first token, at the end
-    monkeypatch.setattr(vllm_compare.time, "perf_counter", lambda: next(clock))
-    assert vllm_compare.answer(Steps(4), [5, 6], 4) == (1.5, 4.0)
-    monkeypatch.setattr(vllm_compare.time, "perf_counter", lambda: 0.0)
-    with pytest.raises(RuntimeError, match="answer of 4 tokens, received 3"):
-        vllm_compare.answer(Steps(3), [5, 6], 4)
+    for made in (4, 3):
+        engine = Steps(made)
+        clock = SimpleNamespace(perf_counter=lambda engine=engine: engine.now)
+        monkeypatch.setattr(vllm_compare, "time", clock)
+        if made == 4:
+            assert vllm_compare.answer(engine, [5, 6], 4) == (2, 5)
+            continue
+        with pytest.raises(RuntimeError, match="answer of 4 tokens, received 3"):
+            vllm_compare.answer(engine, [5, 6], 4)
 
 
 class Answers:

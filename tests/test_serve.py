@@ -73,6 +73,14 @@ def test_a_card_in_the_environment_does_not_come_between(here, become, monkeypat
     assert environment["DYNMASK_POLICY"] == "streaming"
 
 
+def test_a_policy_may_be_for_prompts_alone(here, become, capsys, monkeypatch):
+    monkeypatch.setenv("DYNMASK_PHASE", "both")
+    own = here / "model", "--policy", "streaming"
+    assert served(become, *own)[1]["DYNMASK_PHASE"] == "both"
+    assert served(become, *own, "--phase", "prefill")[1]["DYNMASK_PHASE"] == "prefill"
+    assert "DYNMASK_PHASE=prefill" in capsys.readouterr().err
+
+
 WHOLE = ["--no-enable-chunked-prefill", "--no-enable-prefix-caching"]
 
 

@@ -60,6 +60,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help=f"gated cards: inputs of so many tokens are read whole ({DENSE_UP_TO})",
     )
+    command.add_argument(
+        "--phase",
+        choices=("both", "prefill"),
+        help="what is chosen for: prompts and decoded tokens (both), or prompts alone, so that "
+        "decoded tokens read every key by vLLM's own attention (both, unless DYNMASK_PHASE says "
+        "otherwise)",
+    )
     command.add_argument("--host", help="address to listen at (vLLM's default: all of them)")
     command.add_argument("--port", type=int, help="port to listen at (vLLM's default: 8000)")
     command.add_argument(
@@ -82,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments.model, policy)
     command = command_of(arguments, policy, passed_on, gpu=_has_gpu())
     own = {"DYNMASK_POLICY": policy}
+    if arguments.phase is not None:
+        own["DYNMASK_PHASE"] = arguments.phase
     assignments = [f"{name}={shlex.quote(value)}" for name, value in own.items()]
     line = " ".join([*assignments, shlex.join(command)])
     if arguments.print_only:
