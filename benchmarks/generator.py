@@ -83,6 +83,12 @@ BATCH = 4
 SHORT = (4_096, 8_192, 16_384)
 
 
+def kind_of(card: MaskCard) -> str:
+    """What a row says of a card of gates."""
+    kinds = "columns and blocks" if bool(card.tensors["blocks"].any()) else "columns alone"
+    return f"max_kl {card.header['settings']['max_kl']:g}, {kinds}"
+
+
 def spread(policy: Gated, layers: int, heads: int) -> Gated:
     """The card's policy for a model of another shape: each map for several neighbouring heads."""
     gates = policy.gates
@@ -289,9 +295,7 @@ def main() -> None:
         parser.error(f"--card: expected a card of gates, received {args.card}")
     here = machine(device)
     here["commit"] = args.commit or here["commit"]
-    kinds = "columns and blocks" if bool(policy.gates.blocks.any()) else "columns alone"
-    guard = "no guard" if policy.guard is None else "guard on"
-    here["card"] = f"max_kl {card.header['settings']['max_kl']:g}, {kinds}, {guard}"
+    here["card"] = f"{kind_of(card)}, {'no guard' if policy.guard is None else 'guard on'}"
     rows: list[Row] = []
     small = args.smoke
     parts: dict[str, Callable[[], list[Row]]] = {

@@ -24,6 +24,7 @@ RETAINED = ROOT / "docs" / "retained.md"
 GENERATOR = ROOT / "docs" / "generator.md"
 LONG = ROOT / "docs" / "long_prompts.md"
 DISTRIBUTED = ROOT / "docs" / "distributed.md"
+SERVING = ROOT / "docs" / "serving.md"
 MODEL = ROOT / "models" / "dynmask-reference"
 CARD = ROOT / "models" / "dynmask-reference-retained"
 
@@ -241,6 +242,28 @@ def gpus() -> str:
         lines.append(f"| {r['keys']:,}, {r['variant']} | {_seconds(one)} | {_seconds(r)} on "
                      f"{r['gpus']} | {r['speedup']:.2f}x | {1e3 * r['gather_s']:.0f} ms | "
                      f"{1e3 * r['choice_s']:.0f} ms |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def vllm() -> str:
+    """Time to the first token and rate under vLLM, its own attention beside ours."""
+    rows = rows_of(RESULTS / "vllm.jsonl")
+    own = {r["keys"]: r for r in rows if r["variant"] == "flash"}
+    if not own:
+        return "Not measured yet."
+    first = next(iter(own.values()))
+    lines = [f"{first['case']} shape, random weights, bfloat16, vLLM {first['vllm']}, "
+             f"{first['device']['name']}; milliseconds to the first token, then tokens a second "
+             "(all rounds):", "",
+             "| prompt | attention | first token | | tokens/s |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for r in sorted(rows, key=lambda r: (r["keys"], r["variant"] != "flash", r["variant"])):
+        rates = ", ".join(f"{x:.0f}" for x in r["tokens_per_s_all"])
+        ratio = own[r["keys"]]["first_s"] / r["first_s"] if r["keys"] in own else None
+        times = "" if r["policy"] is None or ratio is None else f"{ratio:.2f}x"
+        name = "vLLM's own" if r["policy"] is None else f"{r['variant']} ({r['phase']})"
+        lines.append(f"| {r['keys']:,} | {name} | {r['first_s'] * 1e3:,.1f} ms | {times} | "
+                     f"{rates} |")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -483,6 +506,7 @@ TABLES = {
     "gated-tasks": gated_tasks,
     "million": million,
     "gpus": gpus,
+    "vllm": vllm,
     "cpu": cpu,
     "gpu": gpu,
     "gpu-full": gpu_full,
@@ -501,6 +525,6 @@ def text(page: str) -> str:
 
 
 if __name__ == "__main__":
-    for file in (README, PERFORMANCE, RETAINED, GENERATOR, LONG, DISTRIBUTED):
+    for file in (README, PERFORMANCE, RETAINED, GENERATOR, LONG, DISTRIBUTED, SERVING):
         if file.exists():
             file.write_text(text(file.read_text()))

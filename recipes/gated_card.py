@@ -7,11 +7,11 @@
 
 Documents are written as for the model's training (``reference_data.py``): facts in text, and
 records, with training's words and wordings, which the tasks that the card is tested on do not
-share. Each ends with an answer; judged are its tokens, and a few among the last before it, for
-which the same columns are chosen. The card goes to ``models/dynmask-reference-gated``;
+share. Each ends with an answer, whose tokens are judged: others ask for what no columns can give
+(``--beside``; ``docs/findings.md``). The card goes to ``models/dynmask-reference-gated``;
 ``recipes/evaluate_gated.py`` asks it. With ``--harder`` it is that of
 ``models/dynmask-reference-64k``: longer documents, its own families among them
-(``harder_data.py``).
+(``harder_data.py``), and no window below 512, for those read their neighbourhood.
 Interrupt at any time: what was measured is kept beside the card and read by the next run.
 """
 
@@ -37,7 +37,6 @@ from torch import Tensor  # noqa: E402
 from train_reference import load_corpus  # noqa: E402
 
 MODEL = ROOT / "models" / "dynmask-reference"
-BESIDE = 7  # judged tokens beside the answer's
 LATE = 64  # positions before the answer that they are drawn from
 
 Write = Callable[[random.Random, int], None]
@@ -53,7 +52,7 @@ def writers(author: Author, recall: bool = False) -> list[Write]:
 
 
 def documents(
-    author: Author, lengths: list[int], count: int, seed: int, beside: int = BESIDE,
+    author: Author, lengths: list[int], count: int, seed: int, beside: int = 0,
     recall: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Return documents of each length, their kinds in turn, and their judged positions.
@@ -112,15 +111,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: beside the model, its name and -gated")
     parser.add_argument("--harder", action="store_true", help="the harder reference, see above")
     parser.add_argument("--text", type=Path, help="prepared by train_harder.py --prepare")
-    parser.add_argument("--max-kl", type=float, nargs="+", default=[0.005])
+    parser.add_argument("--max-kl", type=float, nargs="+", help="default: 0.003; 0.045")
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 4096 16384; 8192 32768")
     parser.add_argument("--documents", type=int, help="of each length (default: 6; 7)")
-    parser.add_argument("--beside", type=int, default=BESIDE, help="judged beside the answer")
+    parser.add_argument("--beside", type=int, default=0, help="judged tokens before the answer")
     parser.add_argument("--recall", action="store_true", help="with --harder: no families of its")
     parser.add_argument("--blocks", action="store_true", help="offer blocks too")
     parser.add_argument("--encoder", action="store_true", help="train what scores the blocks")
     parser.add_argument("--pool", type=int, default=1)
-    parser.add_argument("--least-window", type=int, default=0, help="no budget has a narrower one")
+    parser.add_argument("--least-window", type=int, help="of a budget (default: 0; 512)")
     parser.add_argument("--least", type=float, default=1e-3)
     parser.add_argument("--characters", type=int, default=12_000_000, help="of text")
     parser.add_argument("--seed", type=int, default=1)
@@ -139,6 +138,9 @@ def main() -> None:
     options.out = options.out or options.model.with_name(f"{options.model.name}-gated")
     options.lengths = options.lengths or ([8_192, 32_768] if options.harder else [4_096, 16_384])
     options.documents = options.documents or (7 if options.harder else 6)
+    options.max_kl = options.max_kl or [0.045 if options.harder else 0.003]
+    if options.least_window is None:
+        options.least_window = 512 if options.harder else 0
     if options.smoke:
         options.lengths, options.characters = [512], 400_000
         options.documents = min(options.documents, 7 if options.harder else 2)

@@ -31,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dynmask
-from benchmarks.generator import CARD, LLAMA_1B, RESULTS, TINY, Shape, spread, wait
+from benchmarks.generator import CARD, LLAMA_1B, RESULTS, TINY, Shape, kind_of, spread, wait
 from benchmarks.headline import record, rows_of, write_rows
 from dynmask.evals.memory import PeakMemory
 from dynmask.evals.provenance import machine
@@ -99,9 +99,7 @@ def policy_of(variant: str, shape: Shape, card: Path | None) -> tuple[Any, str]:
         policy = loaded.policy()
         if not isinstance(policy, Gated) or policy.gates is None:
             raise ValueError(f"--card: expected a card of gates, received {card}; calibrate one")
-        kinds = "columns and blocks" if bool(policy.gates.blocks.any()) else "columns alone"
-        kl = loaded.header["settings"]["max_kl"]
-        return spread(policy, shape.layers, shape.heads), f"a card's gates, max_kl {kl:g}, {kinds}"
+        return spread(policy, shape.layers, shape.heads), f"a card's gates, {kind_of(loaded)}"
     return None, ""
 
 

@@ -35,8 +35,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.generator import CARD, LLAMA_1B, RESULTS, Shape
-from benchmarks.headline import rows_of, write_rows
+from benchmarks.generator import CARD, LLAMA_1B, RESULTS, Shape, kind_of
+from benchmarks.headline import record, rows_of, write_rows
 from dynmask import MaskCard
 from dynmask.evals.provenance import machine
 
@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     device, out = torch.device(args.device), args.out / "vllm.jsonl"
     here = machine(device)
     here["commit"] = args.commit or here["commit"]
+    here["card"] = kind_of(MaskCard.from_pretrained(args.card))
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         shape = TINY if args.smoke else LLAMA_1B
@@ -133,7 +134,10 @@ def main(argv: list[str] | None = None) -> None:
         for name in args.only or CASES:
             if not run(CASES[name], asked, card, Path(folder), shape, here, out):
                 failed.append(name)
-    compare([row for row in rows_of(out) if row["commit"] == here["commit"]])
+    found = [row for row in rows_of(out) if row["commit"] == here["commit"]]
+    compare(found)
+    if not args.smoke:
+        goals(found, device, args.out / "headline.jsonl")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
@@ -329,6 +333,40 @@ def compare(rows: list[Row]) -> None:
             f"  {row['variant']} at {row['keys']:,}: first token {sooner:.2f}x as soon, "
             f"tokens per second {faster:.2f}x"
         )
+
+
+def goals(rows: list[Row], device: torch.device, file: Path) -> None:
+    """What was asked for of the gates beside vLLM's own attention, as rows of a headline file."""
+    by = {(row["variant"], row["keys"]): row for row in rows}
+    short, long = LENGTHS[0], LENGTHS[-1]
+
+    def write(
+        keys: int, metric: str, value: float, target: float, better: str, note: str, ours: Row
+    ) -> None:
+        record(
+            5, f"vLLM, {LLAMA_1B.name} shape, prompts of {keys:,} tokens, gated against its own "
+            "attention", metric, round(value, 4), target, better, device, note,
+            "python recipes/vllm_compare.py", ours, file,
+        )  # fmt: skip
+
+    def both(keys: int) -> tuple[Row, Row] | None:
+        pair = by.get(("gated", keys)), by.get(("flash", keys))
+        return pair if all(pair) else None  # type: ignore[return-value]
+
+    if pair := both(long):
+        ours, own = pair
+        write(long, "share of the time to the first token saved",
+              1 - ours["first_s"] / own["first_s"], 0.45, "higher",
+              f"{ours['first_s'] * 1e3:.0f} ms instead of {own['first_s'] * 1e3:.0f} ms; vLLM "
+              f"{ours['vllm']}, choosing for prompts alone", ours)  # fmt: skip
+    if pair := both(short):
+        ours, own = pair
+        write(short, "time to the first token, ratio", ours["first_s"] / own["first_s"], 1.05,
+              "lower", f"{ours['first_s'] * 1e3:.1f} ms, its own {own['first_s'] * 1e3:.1f} ms",
+              ours)  # fmt: skip
+        rates = (", ".join(f"{x:.0f}" for x in row["tokens_per_s_all"]) for row in (ours, own))
+        write(short, "tokens per second, ratio", ours["tokens_per_s"] / own["tokens_per_s"], 0.95,
+              "higher", "by round: {}; its own: {}".format(*rates), ours)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -30,7 +30,10 @@ def test_gates_are_the_same_numbers(default):
     assert torch.equal(wide.share, torch.full((2, 4), 0.1, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("name", ["dynmask-reference-gated", "dynmask-reference-retained"])
+@pytest.mark.parametrize(
+    "name",
+    ["dynmask-reference-gated", "dynmask-reference-64k-gated", "dynmask-reference-retained"],
+)
 def test_a_card_is_the_same_policy(name, default):
     policy = dynmask.MaskCard.from_pretrained(MODELS / name).policy()
     torch.set_default_dtype(torch.float32)

@@ -460,21 +460,21 @@ def test_a_card_is_judged_where_answers_are_told(corpus, harder):
     mix = [(name, 0.1) for name in FAMILIES]
     author = HarderAuthor(corpus, mix, 0.25) if harder else gated_card.Author(corpus)
     kinds = len(gated_card.writers(author))
-    assert kinds == (7 if harder else 2)
-    texts, judged = gated_card.documents(author, [500, 900], kinds, 3)
-    again, _ = gated_card.documents(author, [500, 900], kinds, 3)
+    assert kinds == (7 if harder else 2) and len(gated_card.writers(author, recall=True)) == 2
+    texts, judged = gated_card.documents(author, [500, 900], kinds, 3, beside=7)
+    again, _ = gated_card.documents(author, [500, 900], kinds, 3, beside=7)
     assert len(texts) == 2 * kinds and all(map(torch.equal, texts, again))
     for number, (text, rows) in enumerate(zip(texts, judged, strict=True)):
         assert len(text) < (500 if number < kinds else 900)
         assert rows.tolist() == sorted(set(rows.tolist())) and rows[-1] == len(text) - 1
-        told = rows[gated_card.BESIDE :]  # one run, up to the end
+        told = rows[7:]  # one run, up to the end
         assert told.tolist() == list(range(int(told[0]), len(text)))
         before = int(told[0])
         assert before - gated_card.LATE <= int(rows[0]) and int(rows[6]) < before
     begin, stop = gated_card.answers(author.spans)[-1]  # of the last document
-    assert judged[-1][gated_card.BESIDE :].tolist() == list(range(begin - 1, stop - 1))
-    alone = gated_card.documents(author, [500, 900], kinds, 3, 0)[1]
-    assert all(map(torch.equal, alone, [rows[gated_card.BESIDE :] for rows in judged]))
+    assert judged[-1][7:].tolist() == list(range(begin - 1, stop - 1))
+    alone = gated_card.documents(author, [500, 900], kinds, 3)[1]
+    assert all(map(torch.equal, alone, [rows[7:] for rows in judged]))
 
 
 def test_a_text_that_is_full_before_its_first_question_is_written_again(corpus, monkeypatch):
