@@ -300,7 +300,7 @@ def gated_tasks() -> str:
 def _answered(rows: list[dict[str, Any]], task: str, policy: str) -> str:
     """Right answers and density of a policy on a task; of several groups the mean of their shares.
 
-    The CPU's few items are told apart by a star.
+    The CPU's few items are told apart by a star; where some groups are missing it is said.
     """
     found = [r for r in rows if (r["task"], r["policy"]) == (task, policy)]
     if not found:
@@ -308,6 +308,9 @@ def _answered(rows: list[dict[str, Any]], task: str, policy: str) -> str:
     n, star = sum(r["n"] for r in found), "*" * (found[0]["device"]["type"] == "cpu")
     share = statistics.mean(r["accuracy"] for r in found)
     right = f"{share:.1%}, n {n}" if len(found) > 1 else f"{share * n:.3g} of {n}"
+    groups = len({r["group"] for r in rows if r["task"] == task})
+    if 1 < len(found) < groups:
+        right += f", {len(found)} of {groups} tasks"
     density = statistics.mean(r["density"] for r in found)
     return f"{right}{star}" if policy == "full" else f"{right}{star}; {density:.2%}"
 

@@ -4,7 +4,7 @@
     python recipes/evaluate_gated.py --model models/dynmask-reference-64k \\
         --tasks "lines 65536" "needle 65536" "ruler 32768"
     python recipes/evaluate_gated.py --policies vertical_slash gated:columns=1024 retained:CARD
-    python recipes/evaluate_gated.py --plot "longeval 800" --out-plot docs/generator.png
+    python recipes/evaluate_gated.py --plot "longeval 800"       # docs/generator.png
     python recipes/evaluate_gated.py --goals                 # what was asked for, from the rows
 
 Policies are full attention, the zero-shot gates (``Gated()`` as it comes) and the card that
@@ -173,11 +173,16 @@ def record_goals(rows: list[Row]) -> None:
         write(goal, minus, ours["accuracy"] - full["accuracy"], -0.02, ours, full)
         write(goal, "density", ours["density"], 0.08, ours, full)
     harder = f"{MODEL.name}-64k"
-    for task, limit in (("lines 65536", 0.02), ("needle 65536", 0.02), ("ruler 32768", 0.08)):
-        if both := compare(task, CARD, harder):
+    asked = (
+        ("lines 65536", ZERO_SHOT, 0.02), ("needle 65536", ZERO_SHOT, 0.02),
+        ("ruler 32768", CARD, 0.08), ("ruler 32768", ZERO_SHOT, 0.08),
+    )  # fmt: skip
+    for task, policy, limit in asked:
+        if both := compare(task, policy, harder):
             ours, full = both
             kind, size = task.split()
-            goal = f"gated card, own {kind} at {int(size):,} tokens, harder reference"
+            made = "card" if policy == CARD else "without calibration"
+            goal = f"gated {made}, own {kind} at {int(size):,} tokens, harder reference"
             write(goal, minus, ours["accuracy"] - full["accuracy"], -0.01, ours, full)
             write(goal, "density", ours["density"], limit, ours, full)
 
@@ -189,11 +194,19 @@ def show(rows: list[Row]) -> None:
               f"{row['density']:.2%}", flush=True)  # fmt: skip
 
 
-def draw(rows: list[Row], model: str, task: str, path: Path) -> None:
-    """Draw right answers and divergence of a task's policies against what they read."""
+def draw(rows: list[Row], model: str, task: str, path: Path, names: list[str] | None) -> None:
+    """Draw right answers and divergence of a task's policies against what they read.
+
+    Those of other policies that ``recipes/evaluate_reference.py`` measured stand beside them.
+    """
+    from benchmarks.headline import rows_of
     from dynmask.evals.plots import pareto_of
 
     some = [row for row in rows if (row["model"], row["task"]) == (model, task)]
+    if model == MODEL.name:
+        beside = rows_of(RESULTS / "reference.jsonl")
+        some += [row for row in beside if row["task"] == task and row["policy"] != "full"]
+    some = [row for row in some if not names or row["policy"] in names]
     if not some:
         raise SystemExit(f"--plot: expected a task with rows of {model}, received {task!r}")
     devices = ", ".join(sorted({row["device"]["name"] for row in some}))
@@ -229,7 +242,9 @@ def main() -> None:
     parser.add_argument(
         "--goals", action="store_true", help="write the goals of the rows, and stop"
     )
-    parser.add_argument("--plot", metavar="TASK", help="draw the rows of a task, and stop")
+    parser.add_argument(
+        "--plot", metavar="TASK", help="draw the rows of a task (of --policies), and stop"
+    )
     parser.add_argument(
         "--out-plot", type=Path, default=ROOT / "docs" / "generator.png", help="where to"
     )
@@ -238,7 +253,8 @@ def main() -> None:
     from benchmarks.headline import rows_of, write_rows
 
     if options.plot:
-        draw(rows_of(options.out), options.model.name, options.plot, options.out_plot)
+        named = options.policies
+        draw(rows_of(options.out), options.model.name, options.plot, options.out_plot, named)
         return
     if options.goals:
         show(rows_of(options.out))

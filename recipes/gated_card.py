@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: beside the model, its name and -gated")
     parser.add_argument("--harder", action="store_true", help="the harder reference, see above")
     parser.add_argument("--text", type=Path, help="prepared by train_harder.py --prepare")
-    parser.add_argument("--max-kl", type=float, nargs="+", help="default: 0.003; 0.045")
+    parser.add_argument("--max-kl", type=float, nargs="+", help="default: 0.002; 0.045")
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 4096 16384; 8192 32768")
     parser.add_argument("--documents", type=int, help="of each length (default: 6; 7)")
     parser.add_argument("--beside", type=int, default=0, help="judged tokens before the answer")
@@ -138,7 +138,7 @@ def main() -> None:
     options.out = options.out or options.model.with_name(f"{options.model.name}-gated")
     options.lengths = options.lengths or ([8_192, 32_768] if options.harder else [4_096, 16_384])
     options.documents = options.documents or (7 if options.harder else 6)
-    options.max_kl = options.max_kl or [0.045 if options.harder else 0.003]
+    options.max_kl = options.max_kl or [0.045 if options.harder else 0.002]
     if options.least_window is None:
         options.least_window = 512 if options.harder else 0
     if options.smoke:

@@ -125,8 +125,9 @@ def pareto_of(
     """Draw quality against density from rows of reports or of ``benchmarks/results``.
 
     One panel for each measure, one colour for each policy, one marker for each group; full
-    attention is a star. A thin line joins the widths of a policy; a dotted one joins what no other
-    policy beats, where all points are of one group.
+    attention is a star. After ten policies colours come again, with the next marker. A thin line
+    joins the widths of a policy; a dotted one joins what no other policy beats, where all points
+    are of one group.
 
     Args:
         rows: rows of a report, or mappings as in result files; those without a density or without
@@ -161,7 +162,7 @@ def pareto_of(
     style = {
         (name, group): (
             "black" if is_reference(name) else colours[i % 10],
-            "*" if is_reference(name) else MARKERS[j % len(MARKERS)],
+            "*" if is_reference(name) else MARKERS[(j + i // 10) % len(MARKERS)],
         )
         for i, name in enumerate(policies)
         for j, group in enumerate(groups)
@@ -232,8 +233,7 @@ def _legend(
     line = matplotlib.lines.Line2D
     handles = []
     for name in policies:
-        colour = style[name, groups[0]][0]
-        marker = "*" if is_reference(name) else "o"
+        colour, marker = style[name, groups[0]]
         handles.append(line([], [], color=colour, marker=marker, linestyle="", label=name))
     if len(groups) > 1:
         handles += [
