@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import dynmask
 from dynmask import BlockMask, Budget, GatedSettings, LifetimeMask, MaskCard
-from dynmask.budgets import WITH_BLOCKS, Judge, calibrate_gates, choose_gates, digest_of
+from dynmask.budgets import WITH_BLOCKS, calibrate_gates, choose_gates
 from dynmask.encoder import block_estimate
+from dynmask.judge import Judge, digest_of
 from dynmask.masks import MixedMask
 from dynmask.masks.base import repeat_heads
 from dynmask.policies import Gated, parse

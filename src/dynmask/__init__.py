@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from . import nn, policies
 from .attention import attention
-from .budgets import Budget, GatedSettings
 
 # Not on first use: importing a submodule later would put the module in the function's place.
 from .calibrate import DamSettings, calibrate
 from .card import MaskCard
 from .explain import Explanation, explain
+from .gated_settings import Budget, GatedSettings
 from .masks import (
     BlockMask,
     LifetimeMask,

@@ -219,7 +219,7 @@ class GatedTensors:
     @staticmethod
     def policy(card: MaskCard, **options: Any) -> Gated:
         """The policy of a card."""
-        from dynmask.budgets import gated_of
+        from dynmask.gated_settings import gated_of
 
         check_options(options, ("guard", "decode", "dense_up_to", "soft", "strength"))
         return gated_of(card, **options)
@@ -227,7 +227,7 @@ class GatedTensors:
     @staticmethod
     def check_header(header: dict[str, Any]) -> None:
         """Settings that the policy is built from, and the divergence."""
-        from dynmask.budgets import settings_of
+        from dynmask.gated_settings import settings_of
 
         try:
             settings_of(header["settings"])

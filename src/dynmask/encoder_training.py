@@ -29,7 +29,7 @@ from dynmask.policies.base import AnyModel, Layer
 from dynmask.teaching import _forked, _whole
 
 if TYPE_CHECKING:
-    from dynmask.budgets import GatedSettings
+    from dynmask.gated_settings import GatedSettings
 
 SHARE = 0.01
 """Parameters of all encoders over those of the model, at most."""

@@ -1,0 +1,240 @@
+"""How budgets of gates are chosen, and the policy that a card of them means."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dynmask.card import MaskCard
+from dynmask.card_kinds import ENCODER_TENSORS, MAX_HIDDEN
+from dynmask.encoder import BlockEncoder
+from dynmask.encoder_training import encoder_of
+from dynmask.errors import bad
+from dynmask.policies.gated import Gated, Gates
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one map may read: see :class:`dynmask.policies.gated.Gates`."""
+
+    window: int
+    columns: int = 0
+    share: float = 0.0
+    blocks: int = 0
+
+
+BUDGETS = (
+    Budget(128, 1024), Budget(256, 1024), Budget(512, 1024), Budget(128, 2048),
+    Budget(512, 1024, 0.02), Budget(1024, 1024, 0.03), Budget(128, 4096), Budget(1024, 1024, 0.06),
+    Budget(2048, 2048, 0.06), Budget(2048, 2048, 0.12), Budget(4096, 4096, 0.25),
+)  # fmt: skip
+"""What maps may read, the cheap first; beyond the last a map is dense. None has less than the
+policy has without calibration: what an input has no worthy keys for costs nothing, and a map that
+no document of the calibration needed may be the one that the next input asks: with windows of 32
+where documents allowed them, other tasks lost a fifth of their answers (``docs/findings.md``)."""
+
+BLOCK_BUDGETS = (
+    Budget(128, blocks=8), Budget(128, blocks=16), Budget(256, blocks=32),
+    Budget(512, blocks=32, share=0.06),
+)  # fmt: skip
+"""What maps may read that choose blocks."""
+
+
+def reads(budget: Budget, keys: int = 65_536, block: int = 64) -> float:
+    """Keys that a map reads of so many, at most; sinks are not counted."""
+    return budget.window + budget.columns + budget.blocks * block + budget.share * keys
+
+
+WITH_BLOCKS = tuple(sorted(BUDGETS + BLOCK_BUDGETS, key=reads))
+"""Both, in the order of what a map may read of a long input."""
+
+
+@dataclass(frozen=True)
+class GatedSettings:
+    """How budgets are chosen.
+
+    Args:
+        max_kl: the divergence allowed at a judged token, mean over them, in nats; on the
+            documents whose mean is the largest.
+        density: choose the smallest divergence that keeps the density, on the longest documents,
+            at or below this; ``max_kl`` is then the largest that is tried.
+        budgets: what a map may read, the cheap first.
+        judged: tokens of a document that are judged, the share ``late`` of them at its end (where
+            answers stand), the rest spread over it.
+        late: see above.
+        sinks, least, last, pool, guard, block, query_pool, key_pool: of the policy, see
+            :class:`dynmask.policies.gated.Gated`. What a map promises its guard is what it kept in
+            that of the documents where it kept least.
+        encoder: train the encoder that scores blocks, see :mod:`dynmask.encoder_training`, before
+            budgets are chosen; what follows says how.
+        rank: numbers that its linear maps give, see :class:`dynmask.encoder.BlockEncoder`.
+        steps: training steps, a document each.
+        rate: the learning rate at the start; a cosine takes it to 0.
+        lessons: query blocks of a document that a step learns from.
+        teacher: what a block is worth: its attention ("mass"), or what losing it does to the
+            output of a head ("effect").
+        soft, strength: of the policy; columns alone can be soft, so budgets must have no blocks.
+            The card's ``kl_hard`` is then the divergence of the same gates without.
+
+    Raises:
+        ValueError: a value of the wrong type or out of range.
+    """
+
+    max_kl: float = 0.02
+    density: float | None = None
+    budgets: tuple[Budget, ...] = BUDGETS
+    judged: int = 64
+    late: float = 0.5
+    sinks: int = 4
+    least: float = 1e-3
+    last: int = 256
+    pool: int = 1
+    guard: float | None = 0.25
+    block: int = 64
+    query_pool: int = 8
+    key_pool: int = 8
+    encoder: bool = False
+    rank: int = 16
+    steps: int = 200
+    rate: float = 0.01
+    lessons: int = 16
+    teacher: Literal["mass", "effect"] = "mass"
+    soft: bool = False
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        given: Any = self.budgets  # a card gives lists of numbers
+        budgets = tuple(b if isinstance(b, Budget) else Budget(**b) for b in given)
+        object.__setattr__(self, "budgets", budgets)
+        if not budgets:
+            raise bad("settings.budgets", "at least one", "none")
+        for name in ("max_kl", "late", "density", "rate"):
+            value = getattr(self, name)
+            if name == "density" and value is None:
+                continue
+            top = math.inf if name == "max_kl" else 1
+            good = type(value) in (int, float) and 0 <= value <= top and value < 1e300
+            if not good or (value == 0 and name != "late"):
+                raise bad(f"settings.{name}", "a number above 0, shares up to 1", repr(value))
+        for name in ("judged", "rank", "steps", "lessons"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= MAX_HIDDEN:
+                raise bad(f"settings.{name}", f"a whole number from 1 to {MAX_HIDDEN}", repr(value))
+        for name in ("sinks", "last", "pool", "block", "query_pool", "key_pool"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < 2**31:
+                raise bad(f"settings.{name}", "a whole number below 2**31", repr(value)[:40])
+        if type(self.least) not in (int, float):
+            raise bad("settings.least", "a share", repr(self.least)[:40])
+        for budget in budgets:
+            sizes = (budget.window, budget.columns, budget.blocks)
+            if any(type(size) is not int for size in sizes):
+                raise bad("settings.budgets", "whole numbers of keys", repr(budget)[:80])
+        self._check_encoder()
+        if self.guard is not None and type(self.guard) not in (int, float):
+            raise bad("settings.guard", "a share, or None", repr(self.guard))
+        for budget in budgets:
+            Gates.full(1, 1).replaced(torch.ones(1, 1, dtype=torch.bool), **asdict(budget))
+        self._check_soft()
+        self.policy(None, torch.ones(1, 1))
+
+    def _check_soft(self) -> None:
+        """Raise ValueError for soft masks where they cannot be."""
+        if type(self.soft) is not bool:
+            raise bad("settings.soft", "True or False", repr(self.soft))
+        if type(self.strength) not in (int, float) or not abs(self.strength) < 1e300:
+            raise bad("settings.strength", "a finite number", repr(self.strength))
+        if self.soft and any(budget.blocks for budget in self.budgets):
+            raise bad(
+                "settings.soft", "budgets without blocks, which have no bias", "some with",
+                "Pass budgets=dynmask.budgets.BUDGETS, or leave soft out.",
+            )  # fmt: skip
+
+    def _check_encoder(self) -> None:
+        """Raise ValueError for what is said of an encoder and cannot be."""
+        if self.teacher not in ("mass", "effect"):
+            raise bad("settings.teacher", "'mass' or 'effect'", repr(self.teacher))
+        if type(self.encoder) is not bool:
+            raise bad("settings.encoder", "True or False", repr(self.encoder))
+        if self.encoder and not any(budget.blocks for budget in self.budgets):
+            raise bad(
+                "settings.encoder", "a budget with blocks, which an encoder scores", "none",
+                "Pass budgets=dynmask.budgets.WITH_BLOCKS.",
+            )  # fmt: skip
+
+    def policy(
+        self,
+        gates: Gates | None,
+        promise: Tensor | None = None,
+        encoders: tuple[BlockEncoder | None, ...] | None = None,
+    ) -> Gated:
+        """The policy with these gates, guarded where it is known what they kept."""
+        return Gated(
+            sinks=self.sinks,
+            least=self.least,
+            last=self.last,
+            pool=self.pool,
+            block=self.block,
+            query_pool=self.query_pool,
+            key_pool=self.key_pool,
+            gates=gates,
+            guard=None if promise is None else self.guard,
+            promise=promise,
+            encoders=encoders,
+            soft=self.soft,
+            strength=self.strength,
+        )
+
+
+_FIRST = ("max_kl", "density", "budgets", "judged", "late", "sinks", "least", "last", "pool")
+BEFORE: dict[str, Any] = {
+    item.name: None if item.name == "guard" else item.default
+    for item in fields(GatedSettings)
+    if item.name not in _FIRST
+}
+"""What cards that were made before a setting existed mean by not naming it."""
+
+
+def settings_of(header: dict[str, Any]) -> GatedSettings:
+    """The settings in a card's header; ValueError, TypeError or KeyError where they are none."""
+    known = {f.name for f in fields(GatedSettings)}
+    given = BEFORE | header
+    return GatedSettings(**{name: given[name] for name in known})
+
+
+def gated_of(
+    card: MaskCard,
+    decode: Literal["select", "keep"] = "select",
+    dense_up_to: int = 0,
+    **options: Any,
+) -> Gated:
+    """The policy of a gated card; ``guard`` in place of the card's own.
+
+    A card that was made before there were guards promises nothing.
+    """
+    names = [item.name for item in fields(Gates) if item.name in card.tensors]
+    gates = Gates(**{name: card.tensors[name] for name in names})
+    settings = replace(settings_of(card.header["settings"]), **options)
+    promise = card.header.get("least_mass")
+    promise = None if promise is None else torch.tensor(promise, dtype=torch.float32)
+    policy = settings.policy(gates, promise, _encoders_of(card, settings))
+    return replace(policy, decode=decode, dense_up_to=dense_up_to, card=card)
+
+
+def _encoders_of(card: MaskCard, settings: GatedSettings) -> tuple[BlockEncoder | None, ...] | None:
+    """The encoders that a card holds, one for each layer that has one; None where it has none."""
+    if not settings.encoder:
+        return None
+    encoders: list[BlockEncoder | None] = []
+    for layer, kept in enumerate(card.header["encoder"]["kept"]):
+        encoder = encoder_of(settings, card.header["model"]) if kept else None
+        if encoder is not None:
+            for name in ENCODER_TENSORS:
+                getattr(encoder, name).data.copy_(card.tensors[f"layers.{layer}.{name}"])
+            encoder.eval().requires_grad_(False)
+        encoders.append(encoder)
+    return tuple(encoders)
