@@ -6,7 +6,7 @@ import torch
 from dynmask import attention
 from dynmask.masks.structural import count_bands
 from dynmask.policies import NAMES, Gated, Layer, Pooled, Streaming, VerticalSlash, parse
-from dynmask.policies.base import Glancing
+from dynmask.policies.base import Evicting, Glancing, evicts
 from tests.policies import POLICIES
 
 N, HEADS, GROUPS, DIM = 70, 4, 2, 8
@@ -40,6 +40,34 @@ def test_every_policy_answers_with_a_mask_that_attention_takes(policy, queries):
     out = attention(query, key, value, mask)
     torch.testing.assert_close(out, attention(query, key, value, mask, impl="reference"))
     policy.check(2, HEADS, GROUPS)
+
+
+def kind(**members):
+    """A class of this name, as every other call makes one."""
+    return type("Kind", (), members)
+
+
+def method(*_):
+    """Stands for any."""
+
+
+ALL = {"retention": method, "scores": method, "bias": method}
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_which_policies_evict_is_what_the_protocol_says(policy):
+    assert evicts(policy) == isinstance(policy, Evicting)
+
+
+@pytest.mark.parametrize("missing", ALL)
+def test_a_policy_evicts_with_all_three_methods_only(missing):
+    """Of its type or its own; two types of one name, and two objects of one type, are two."""
+    some = {name: item for name, item in ALL.items() if name != missing}
+    assert not evicts(kind(**some)()) and evicts(kind(**ALL)())
+    assert not evicts(kind(**ALL | {missing: None})())
+    own, other = (kind(**some)() for _ in range(2))
+    setattr(own, missing, method)
+    assert evicts(own) and not evicts(other)
 
 
 @pytest.mark.parametrize("queries", [N, 23, 3])

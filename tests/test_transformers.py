@@ -21,7 +21,7 @@ from dynmask.integrations.placement import Placement, linear_mask  # noqa: E402
 from dynmask.integrations.tally import sampled_rows  # noqa: E402
 from dynmask.integrations.transformers import sparsify  # noqa: E402
 from dynmask.masks import LifetimeMask, Span, StructuralMask  # noqa: E402
-from dynmask.policies import Causal, Pooled, Streaming  # noqa: E402
+from dynmask.policies import Causal, Gated, Pooled, Streaming  # noqa: E402
 from tests.tiny import TINY, VOCAB, WINDOW, tiny_gemma3, tiny_llama, tiny_mistral  # noqa: E402
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -322,6 +322,32 @@ def test_prefill_policy_is_not_asked_while_decoding():
     assert (summary["prefill"]["calls"], summary["decode"]["calls"]) == (2, 8)
     assert summary["decode"]["density"] == 1.0
     assert summary["decode"]["kept_mass"] == pytest.approx(1, abs=1e-5)
+
+
+def test_one_causal_mask_serves_all_layers_that_read_every_key(monkeypatch):
+    made, asked = [], []
+    causal, biased = LifetimeMask.causal.__func__, Gated.biased
+
+    def counted(cls, *args, **kwargs):
+        made.append(args)
+        return causal(cls, *args, **kwargs)
+
+    def heard(self, query, key, layer):
+        asked.append((layer.index, key.shape[2]))
+        return biased(self, query, key, layer)
+
+    monkeypatch.setattr(LifetimeMask, "causal", classmethod(counted))
+    monkeypatch.setattr(Gated, "biased", heard)
+    model = tiny_llama(layers=3)
+    ids, _ = prompt(batch=1, padding=())
+    full = model(ids).logits
+    with sparsify(model, Gated(sinks=1, window=3, columns=0, dense_up_to=ids.shape[1])) as run:
+        short = model(ids).logits
+        assert (made, asked) == ([(ids.shape[1], ids.shape[1])], [])
+        model(torch.cat([ids, ids[:, :1]], 1))
+    assert asked == [(layer, ids.shape[1] + 1) for layer in range(3)]
+    assert run.summary()["prefill"]["calls"] == 6
+    torch.testing.assert_close(short, full, **CLOSE)
 
 
 def test_placement_is_read_once_for_each_mask(monkeypatch):
@@ -749,6 +775,54 @@ def test_what_is_known_without_padding_is_what_the_mask_says(data):
     assert known == Placement.from_linear(table.clone(), queries, keys)
     with pytest.raises(ValueError, match=f"expected at least {keys + 1} "):
         Placement.from_linear(table, keys + 1 - past, keys)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_mask_without_padding_says_what_one_with_padding_would(data):
+    """What it is made of on the short way, number by number, and a slice of it when it is read."""
+    batch = data.draw(st.integers(1, 3), "batch")
+    first = data.draw(st.integers(0, 3), "dropped")
+    past = data.draw(st.integers(0, 9), "past")
+    queries = data.draw(st.integers(1, 5), "queries")
+    room = data.draw(st.integers(0, 3), "unused slots")
+    window = data.draw(st.none() | st.integers(2, 6), "window")
+    used = past + queries
+    size = batch, queries, used + room, first + past, first
+    ones = torch.ones(batch, first + used, dtype=torch.long)
+    short = linear_mask(*size, None, window, "cpu")
+    # an offset on the device is not looked at: the way of padded rows
+    general = linear_mask(*size[:3], torch.tensor(first + past), first, ones, window, "cpu")
+    assert short.shape == general.shape == (batch, 1, 4, used + room)
+    assert short.dtype == general.dtype == torch.int32
+    assert torch.equal(short[:, :, :3, :used], general[:, :, :3, :used])
+    assert short[:, :, 3].eq(-1).all() and general[:, :, 3].eq(used).all()
+    for keys in range(used, used + room + 1):
+        expected = Placement.from_linear(general[..., :keys], queries, keys)
+        assert Placement.from_linear(short[..., :keys], queries, keys) == expected
+        assert Placement.from_linear(short, queries, keys) == expected
+
+
+def test_an_attention_mask_of_ones_is_as_none():
+    """So that its placement is not read from the device; one zero, or a token too few, is seen."""
+    size = 2, 3, 9, 4, 0
+    none = linear_mask(*size, None, None, "cpu")
+    ones = torch.ones(2, 7, dtype=torch.long)
+    for mask in (ones, torch.ones(2, 12).bool()):
+        table = linear_mask(*size, mask, None, "cpu")
+        assert torch.equal(table, none)
+        assert Placement.from_linear(table.fill_(-1), 3, 9).spans == (
+            Span(0, 0, 7, 0, 3),
+            Span(1, 0, 7, 0, 3),
+        )
+    padded = ones.clone()
+    padded[1, 0] = 0
+    assert Placement.from_linear(linear_mask(*size, padded, None, "cpu"), 3, 9).spans == (
+        Span(0, 0, 7, 0, 3),
+        Span(1, 1, 7, 0, 3),
+    )
+    with pytest.raises(ValueError, match="received 1 too few"):
+        Placement.from_linear(linear_mask(*size, ones[:, 1:], None, "cpu"), 3, 9)
 
 
 def test_a_mask_without_padding_need_not_be_read():

@@ -125,9 +125,7 @@ class Adapter:
         if not query.dtype == key.dtype == value.dtype:
             query, key = _as_projected(query, key, value)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        call = take_call(module) if drops_keys(policy) else NO_CALL
-        if not evicts(policy):  # nothing is scored: keys stay as they were rotated
-            call = call._replace(rotary=None)
+        call = _call_for(policy, module)
         where = self._placement(attention_mask, query, key, sliding_window)
         index = int(module.layer_idx)  # type: ignore[arg-type]
         if attention_mask is None and index == self._first_layer:
@@ -165,10 +163,7 @@ class Adapter:
             biases.append(bias)
             parts.append((q, k, v))
         self._teach(site, parts)
-        # Plain causal sequences are fastest one by one, heads of several kinds have no common plan;
-        # others share one plan and one call.
-        apart = all(m.is_causal for m in masks) or any(isinstance(m, MixedMask) for m in masks)
-        if len(groups) > 1 and not apart:
+        if len(groups) > 1 and not _apart(masks):
             placed = PlacedMask(tuple(masks), where.spans, batch, queries, key.shape[2])
             bias = None
             given = next((part for part in biases if part is not None), None)
@@ -320,6 +315,14 @@ class Adapter:
         return where
 
 
+def _apart(masks: list[Mask]) -> bool:
+    """Whether sequences are computed one by one; others share one plan and one call.
+
+    Plain causal ones are fastest so, heads of several kinds have no common plan.
+    """
+    return all(m.is_causal for m in masks) or any(isinstance(m, MixedMask) for m in masks)
+
+
 def _part(x: Tensor, rows: slice, positions: slice) -> Tensor:
     """Some rows and positions of [b, heads, n, d]; the tensor itself where those are all."""
     batch, _, n, _ = x.shape
@@ -348,6 +351,11 @@ def check_one_sequence(positions: Tensor | None, queries: int) -> None:
         )  # fmt: skip
 
 
-def drops_keys(policy: Any) -> bool:
-    """Whether there is a cache that drops keys under a policy."""
-    return evicts(policy) or isinstance(policy, Gated)
+def _call_for(policy: Any, module: nn.Module) -> Call:
+    """What a module is being called with, where there is a cache that drops keys under a policy."""
+    if evicts(policy):
+        return take_call(module)
+    if not isinstance(policy, Gated):
+        return NO_CALL
+    cache, _, positions = take_call(module)
+    return Call(cache, None, positions)  # nothing is scored: keys stay as they were rotated

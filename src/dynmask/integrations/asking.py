@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention import attention
 from ..masks import LifetimeMask, Mask
 from ..plan import Plan
-from ..policies import Causal, Layer
+from ..policies import Causal, Gated, Layer
 from ..policies.base import evicts
 
 
@@ -29,7 +29,9 @@ def chooses(policy: Any, index: int) -> bool:
 
 def _reads_all(policy: Any, keys: int) -> bool:
     """Whether a policy is known to read each of so many keys, before it is asked."""
-    return isinstance(policy, Causal) or keys <= getattr(policy, "dense_up_to", 0)
+    if isinstance(policy, Gated):
+        return keys <= policy.dense_up_to
+    return isinstance(policy, Causal)
 
 
 def ask(

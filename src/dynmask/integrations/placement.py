@@ -112,8 +112,9 @@ class Placement:
         if plain is not None:  # known on the host: reading the mask would wait for the device
             own, first_key, known_window = plain
             stop = _check_room(own, queries, keys)
-            spans = tuple(Span(row, 0, stop, 0, queries) for row in range(len(mask)))
-            return cls(spans, (first_key,) * len(mask), known_window)
+            batch = mask.shape[0]
+            spans = tuple(Span(row, 0, stop, 0, queries) for row in range(batch))
+            return cls(spans, (first_key,) * batch, known_window)
         table = torch.cat([mask[:, 0, POSITION, :keys], mask[:, 0, OLD_KEY:, 0]], -1).cpu()
         old, window, covered = table[0, keys:].tolist()
         own = old + 1
@@ -248,7 +249,7 @@ def linear_mask(
     for row, constant in ((OLD_KEY, own - 1), (WINDOW, window), (COVERED, covered)):
         if constant is not None and (isinstance(constant, Tensor) or constant != NONE):
             table[:, 0, row] = constant
-    out = table.expand(batch, -1, -1, -1)
+    out = table if table.shape[0] == batch else table.expand(batch, -1, -1, -1)
     known = joined is None and seen is None and isinstance(own, int)
     if known and not torch.compiler.is_compiling():
         setattr(out, PLAIN, (own, key_offset, window))
@@ -272,7 +273,7 @@ def _counted(first: int, keys: int, device: torch.device | str) -> Tensor:
     """
     count = torch.arange(first, first + ROWS * keys, dtype=torch.int32, device=device)
     table = count.view(1, 1, ROWS, keys)
-    table[:, :, POSITION + 1 :].fill_(NONE)
+    table.narrow(2, POSITION + 1, ROWS - 1).fill_(NONE)
     return table
 
 
@@ -302,7 +303,7 @@ def _positions_of_padded(seen: Tensor, first: int, keys: int) -> Tensor:
 
 def is_linear(mask: Tensor) -> bool:
     """Whether a 4-D mask is one of :func:`linear_mask`."""
-    return mask.dtype == torch.int32 and tuple(mask.shape[1:3]) == (1, ROWS)
+    return mask.dtype == torch.int32 and mask.shape[1:3] == (1, ROWS)
 
 
 def _check_room(own: int, queries: int, keys: int) -> int:

@@ -87,20 +87,17 @@ class Evicting(Protocol):
         ...
 
 
-EVICTING = ("retention", "scores", "bias")
-"""Methods of :class:`Evicting`."""
-
-
 def evicts(policy: Any) -> bool:
     """Whether a policy is one of :class:`Evicting`.
 
     Each attention call asks, so its methods are looked up: ``isinstance`` would walk through the
     protocol's members first.
     """
-    for name in EVICTING:
-        if getattr(policy, name, None) is None:
-            return False
-    return True
+    return (
+        getattr(policy, "retention", None) is not None
+        and getattr(policy, "scores", None) is not None
+        and getattr(policy, "bias", None) is not None
+    )
 
 
 @runtime_checkable
