@@ -1,15 +1,19 @@
 """A served model under mixed load: answers, refusals, and the memory over time.
 
     python recipes/soak.py --minutes 30                    # the reference model, its gated card
+    python recipes/soak.py --minutes 60 --device cpu --long 4096 --dense-up-to 1024
     python recipes/soak.py --minutes 2 --device cpu --smoke --out /tmp/trial
+    python recipes/soak.py --minutes 10 --device cpu --smoke --plain    # vLLM's own attention
 
 `dynmask serve` is started; some clients at once ask short and long questions with known answers,
 hang up in the middle, send malformed requests, and prompts that are too long. Beforehand
 transformers answers the same questions under the same policy, one at a time, as the offline result.
-A row counts requests of each kind, answers that differ from the offline ones, answers that are
-wrong, and statuses that were not those that were expected; it holds the memory of the server's
-processes (and of the GPU) every few seconds. The server's log is `soak.log` beside it. Only the
-server that it started is asked, at this machine's own address.
+A row counts requests of each kind and the statuses of their answers, answers that differ from the
+offline ones, answers that are wrong, and what was not as expected (a refusal without a message is
+not). It holds the memory of each of the server's processes (and of the GPU) over the time: the
+curve, and, after a warm-up, the medians of its first and its last quarter and the slope. It is
+written once a minute, so a run that is stopped leaves one. The server's log is `soak.log` beside
+it. Only the server that it started is asked, at this machine's own address.
 """
 
 from __future__ import annotations
@@ -21,20 +25,23 @@ import os
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from vllm_compare import ROOT, write_entry_points
+from vllm_compare import ROOT, require_vllm, write_entry_points
 
 from benchmarks.generator import RESULTS
 from benchmarks.headline import rows_of, write_rows
@@ -47,8 +54,14 @@ MODELS = ROOT / "models"
 KINDS = ("short", "long", "cancelled", "malformed", "too long")
 WEIGHTS = (4, 2, 2, 1, 1)
 SHORT, LONG, SMOKE_LONG = 512, 16_384, 1_024
-SAMPLE_S = 5.0
+SAMPLES, LEAST_SAMPLE_S = 240, 2.0
+WARM_UP = 1 / 6
+"""Share of the time that memory takes to settle: what is allocated once is no growth."""
+WRITE_S = 60.0
 STOP_S = 120.0
+MEGA = 1e6
+SETTINGS = ("OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE", "MALLOC_ARENA_MAX", "LD_PRELOAD")
+"""Environment variables that a row names: what memory and time depend on."""
 
 MALFORMED = (
     b"{",
@@ -66,6 +79,8 @@ class Tally:
     """What was heard, from all clients."""
 
     sent: Counter[str] = field(default_factory=Counter)
+    statuses: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    refusals: Counter[str] = field(default_factory=Counter)
     surprises: list[str] = field(default_factory=list)
     different: int = 0
     wrong: int = 0
@@ -91,50 +106,55 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--questions", type=int, default=8, help="of each length")
+    parser.add_argument("--short", type=int, default=SHORT, help=f"tokens ({SHORT})")
+    parser.add_argument("--long", type=int, help=f"tokens ({LONG}; --smoke: {SMOKE_LONG})")
     parser.add_argument("--dense-up-to", type=int, help="of dynmask serve")
+    parser.add_argument("--plain", action="store_true", help="vLLM's own attention, to compare")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="short prompts: does it run through?")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
+    require_vllm("recipes/soak.py")
+    # ended from outside, it still ends the server that it started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     device = torch.device(args.device)
     here = machine(device)
     here["commit"] = args.commit or here["commit"]
-    long = SMOKE_LONG if args.smoke else LONG
-    dense = args.dense_up_to
-    if dense is None:
-        dense = SHORT // 2 if args.smoke else DENSE_UP_TO
+    here["versions"]["vllm"] = version_of_vllm()
+    if args.long is None:
+        args.long = SMOKE_LONG if args.smoke else LONG
+    if args.dense_up_to is None:
+        args.dense_up_to = args.short // 2 if args.smoke else DENSE_UP_TO
     print("asking transformers first", flush=True)
-    questions = offline(args, device, {"short": SHORT, "long": long}, dense)
+    questions = offline(args, device)
+    args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        args.out.mkdir(parents=True, exist_ok=True)
-        log = args.out / "soak.log"
-        server = Server(Path(folder), args.model, args.card, device, long + 64, dense, log)
+        server = Server(Path(folder), args, device)
+        record = Record(args, here, server)
         try:
             server.start()
-            tally, curve = ask(server, questions, args)
-            alive = server.process.poll() is None
+            ask(server, questions, args, record)
+            record.finish(alive=server.process.poll() is None)
         finally:
             server.stop()
-    row = {
-        "case": f"soak {args.model.name}", "card": args.card.name, "minutes": args.minutes,
-        "clients": args.clients, "dense_up_to": dense, "longest": long, "sent": dict(tally.sent),
-        "answered": tally.answered, "different_from_offline": tally.different,
-        "wrong": tally.wrong, "wrong_offline": tally.wrong_offline,
-        "unexpected_statuses": len(tally.surprises), "slowest_s": tally.slowest_s,
-        "alive_at_the_end": alive, "memory": curve, **here,
-    }  # fmt: skip
-    out = args.out / "soak.jsonl"
-    write_rows(out, [*(r for r in rows_of(out) if r["case"] != row["case"]), row])
-    show(row, tally)
-    if tally.surprises or not alive:
+    show(record.row(), record.tally)
+    if record.tally.surprises or not record.alive:
         sys.exit(1)
 
 
-def offline(
-    args: argparse.Namespace, device: torch.device, lengths: dict[str, int], dense: int
-) -> dict[str, list[Question]]:
+def version_of_vllm() -> str | None:
+    """Its version; builds for CPUs have another name."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def offline(args: argparse.Namespace, device: torch.device) -> dict[str, list[Question]]:
     """Questions of each length, with what transformers answers under the same policy."""
     import transformers
 
@@ -144,12 +164,14 @@ def offline(
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
     model = model.to(device).eval()
-    card = dynmask.MaskCard.from_pretrained(args.card)
-    gated = card.header["policy"] == "gated"
-    policy = card.policy(**({"dense_up_to": dense} if gated else {}))
+    policy: Any = dynmask.policies.Causal()
+    if not args.plain:
+        card = dynmask.MaskCard.from_pretrained(args.card)
+        gated = card.header["policy"] == "gated"
+        policy = card.policy(**({"dense_up_to": args.dense_up_to} if gated else {}))
     found: dict[str, list[Question]] = {}
     with torch.inference_mode(), dynmask.sparsify(model, policy):
-        for name, length in lengths.items():
+        for name, length in (("short", args.short), ("long", args.long)):
             items = Lines().items(tokenizer, args.questions, length - 32, args.seed)
             found[name] = []
             for item in items:
@@ -167,46 +189,44 @@ def offline(
 
 
 class Server:
-    """`dynmask serve` as a process of its own."""
+    """`dynmask serve` as a process of its own; with ``--plain`` vLLM's own under the same load."""
 
-    def __init__(
-        self,
-        folder: Path,
-        model: Path,
-        card: Path,
-        device: torch.device,
-        longest: int,
-        dense: int,
-        log: Path,
-    ) -> None:
+    def __init__(self, folder: Path, args: argparse.Namespace, device: torch.device) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
-        self.model, self.longest = str(model), longest
-        from dynmask import MaskCard
-
-        gated = MaskCard.from_pretrained(card).header["policy"] == "gated"
-        own = ["--dense-up-to", str(dense)] if gated else []
+        self.model, self.longest = str(args.model), args.long + 64
         cpu = device.type == "cpu"
-        self._command = [
-            sys.executable, "-m", "dynmask.cli", "serve", self.model, "--card", str(card), *own,
-            "--host", "127.0.0.1", "--port", str(self.port), "--", "--max-model-len", str(longest),
+        where = ["--host", "127.0.0.1", "--port", str(self.port)]
+        rest = [
+            "--max-model-len", str(self.longest),
             "--dtype", "float32" if cpu else "bfloat16", *(["--enforce-eager"] if cpu else []),
         ]  # fmt: skip
+        if args.plain:
+            whole = ["--no-enable-chunked-prefill", "--no-enable-prefix-caching"]
+            start = ["-m", "vllm.entrypoints.cli.main", "serve", self.model, *where, *whole]
+        else:
+            from dynmask import MaskCard
+
+            gated = MaskCard.from_pretrained(args.card).header["policy"] == "gated"
+            own = ["--dense-up-to", str(args.dense_up_to)] if gated else []
+            card = ["--card", str(args.card)]
+            start = ["-m", "dynmask.cli", "serve", self.model, *card, *own, *where, "--"]
+        self._command = [sys.executable, *start, *rest]
         paths = [str(ROOT / "src"), str(ROOT), str(write_entry_points(folder))]
         paths += filter(None, [os.environ.get("PYTHONPATH")])
-        self._environment = os.environ | {
+        self.environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(paths),
             "VLLM_NO_USAGE_STATS": "1",
         }
         if cpu:
-            self._environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        self._log = log
+            self.environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        self._log = args.out / "soak.log"
 
     def start(self) -> None:
         """Start it and wait until it answers."""
         self.process = subprocess.Popen(
-            self._command, env=self._environment, text=True, start_new_session=True,
+            self._command, env=self.environment, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert self.process.stdout is not None
@@ -261,43 +281,160 @@ class Server:
         finally:
             connection.close()
 
-    def bytes(self) -> int:
-        """Memory of the server's processes, those that it shares counted once for each."""
-        total, group = 0, os.getpgid(self.process.pid)
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Bytes of each part of the server: rss, pss (what is shared is divided), anonymous."""
+        found: dict[str, dict[str, int]] = {}
+        group = os.getpgid(self.process.pid)
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
                     if os.getpgid(int(entry.name)) == group:
-                        pages = int((entry / "statm").read_text().split()[1])
-                        total += pages * os.sysconf("SC_PAGE_SIZE")
-                except (OSError, ValueError, IndexError):
+                        add(found, self._part(entry), memory_of(entry))
+                except OSError:
                     continue  # it has ended meanwhile
-        return total
+        return found
+
+    def _part(self, entry: Path) -> str:
+        """What a process of the server does."""
+        if int(entry.name) == self.process.pid:
+            return "server"
+        title = (entry / "cmdline").read_bytes()
+        return "engine" if b"EngineCore" in title else "worker" if b"Worker" in title else "others"
+
+
+def memory_of(entry: Path) -> dict[str, int]:
+    """Bytes of one process, from its folder in /proc."""
+    lines = (line.split() for line in (entry / "smaps_rollup").read_text().splitlines()[1:])
+    sizes = {words[0].rstrip(":").lower(): int(words[1]) * 1024 for words in lines}
+    return {name: sizes.get(name, 0) for name in ("rss", "pss", "anonymous")}
+
+
+def add(found: dict[str, dict[str, int]], part: str, sizes: dict[str, int]) -> None:
+    """Add a process to its part and to all of them."""
+    for name in (part, "all"):
+        own = found.setdefault(name, {})
+        for kind, size in sizes.items():
+            own[kind] = own.get(kind, 0) + size
+
+
+class Record:
+    """What is written: the counts and the memory, once a minute and at the end."""
+
+    def __init__(self, args: argparse.Namespace, here: dict[str, Any], server: Server) -> None:
+        self.args, self.here = args, here
+        self.settings = {k: v for k in SETTINGS if (v := server.environment.get(k))}
+        self.tally = Tally()
+        self.curve: list[dict[str, Any]] = []
+        self.alive, self.finished = True, False
+        self._written = 0.0
+
+    def sample(self, passed: float, memory: dict[str, dict[str, int]]) -> None:
+        """Keep the memory at a time; write the row if it is time to."""
+        point = {"s": round(passed, 1), "requests": self.tally.sent.total(), **megabytes(memory)}
+        gpu = gpu_bytes()
+        self.curve.append(point if gpu is None else point | {"gpu": round(gpu / MEGA, 1)})
+        if passed - self._written >= WRITE_S:
+            self._written = passed
+            self.write()
+
+    def finish(self, alive: bool) -> None:
+        """The last row of a run that went on to its end."""
+        self.alive, self.finished = alive, True
+        self.write()
+
+    def row(self) -> dict[str, Any]:
+        """Everything so far."""
+        args, tally = self.args, self.tally
+        name = f"soak {args.model.name}{' vllm' if args.plain else ''}"
+        with tally.lock:
+            return {
+                "case": name, "card": None if args.plain else args.card.name,
+                "minutes": args.minutes, "clients": args.clients,
+                "dense_up_to": None if args.plain else args.dense_up_to,
+                "short": args.short, "long": args.long, "sent": dict(tally.sent),
+                "statuses": {kind: dict(own) for kind, own in sorted(tally.statuses.items())},
+                "refusals": dict(tally.refusals),
+                "answered": tally.answered, "different_from_offline": tally.different,
+                "wrong": tally.wrong, "wrong_offline": tally.wrong_offline,
+                "unexpected": len(tally.surprises), "surprises": tally.surprises[:20],
+                "slowest_s": round(tally.slowest_s, 2), "finished": self.finished,
+                "alive_at_the_end": self.alive, "growth": growth(self.curve),
+                "settings": self.settings, "memory_mb": self.curve, **self.here,
+            }  # fmt: skip
+
+    def write(self) -> None:
+        """Write the row in place of an earlier one."""
+        row, out = self.row(), self.args.out / "soak.jsonl"
+        write_rows(out, [*(r for r in rows_of(out) if r["case"] != row["case"]), row])
+
+
+def megabytes(memory: dict[str, dict[str, int]]) -> dict[str, float]:
+    """Flat, such as ``engine_rss``, in MB of 10^6 bytes."""
+    return {
+        f"{part}_{kind}": round(size / MEGA, 1)
+        for part, own in memory.items()
+        for kind, size in own.items()
+    }
+
+
+def growth(curve: list[dict[str, Any]], warm_up: float = WARM_UP) -> dict[str, dict[str, float]]:
+    """How memory went on after the warm-up, of each part: medians of quarters, slopes in MB/hour.
+
+    Empty where there are too few samples to tell. The slope is the median of those between all
+    pairs of samples (Theil and Sen), which a few outliers do not move; that of the last half says
+    whether it still goes on at the end.
+    """
+    if not curve:
+        return {}
+    kept = [point for point in curve if point["s"] >= warm_up * curve[-1]["s"]]
+    if len(kept) < 8:
+        return {}
+    found = {}
+    for name in sorted(set(kept[0]) - {"s", "requests"}):
+        points = [(point["s"] / 3600, point[name]) for point in kept if name in point]
+        size, quarter = [y for _, y in points], len(points) // 4
+        first, last = statistics.median(size[:quarter]), statistics.median(size[-quarter:])
+        found[name] = {
+            "first_quarter_mb": round(first, 1), "last_quarter_mb": round(last, 1),
+            "grown_mb": round(last - first, 1), "most_mb": max(size),
+            "mb_per_hour": round(slope(points), 1),
+            "mb_per_hour_last_half": round(slope(points[len(points) // 2 :]), 1),
+        }  # fmt: skip
+    return found
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """The median slope between pairs of points (x, y)."""
+    x, y = torch.tensor(points, dtype=torch.float64).unbind(1)
+    one, other = torch.triu_indices(len(x), len(x), 1)
+    return ((y[other] - y[one]) / (x[other] - x[one])).quantile(0.5).item()
 
 
 def ask(
-    server: Server, questions: dict[str, list[Question]], args: argparse.Namespace
-) -> tuple[Tally, list[dict[str, Any]]]:
-    """Let clients ask until the time is over; what they heard, and the memory meanwhile."""
-    tally, over, curve = Tally(), threading.Event(), []
+    server: Server, questions: dict[str, list[Question]], args: argparse.Namespace, record: Record
+) -> None:
+    """Let clients ask until the time is over, and keep what they heard and the memory."""
+    over, seconds = threading.Event(), args.minutes * 60
+    every = max(seconds / SAMPLES, LEAST_SAMPLE_S)
     started = time.monotonic()
     clients = [
         threading.Thread(
-            target=client, args=(server, questions, tally, over, random.Random(args.seed + i))
+            target=client,
+            args=(server, questions, record.tally, over, random.Random(args.seed + i)),
         )
         for i in range(args.clients)
     ]
     for one in clients:
         one.start()
-    while (passed := time.monotonic() - started) < args.minutes * 60:
-        curve.append({"s": round(passed, 1), "bytes": server.bytes(), "gpu_bytes": gpu_bytes()})
-        if server.process.poll() is not None:
-            break
-        over.wait(min(SAMPLE_S, max(args.minutes * 60 - passed, 0.01)))
-    over.set()
-    for one in clients:
-        one.join()
-    return tally, curve
+    try:
+        while (passed := time.monotonic() - started) < seconds and server.process.poll() is None:
+            record.sample(passed, server.memory())
+            if over.wait(min(every, seconds - passed)):
+                break  # a client found nobody there
+    finally:
+        over.set()
+        for one in clients:
+            one.join()
 
 
 def gpu_bytes() -> int | None:
@@ -340,20 +477,27 @@ def one_request(
     draw: random.Random,
 ) -> str:
     """One request of a kind; what was not as expected, or nothing."""
-    if kind == "malformed":
-        status, text = server.post(draw.choice(MALFORMED))
-        return "" if 400 <= status < 500 else f"malformed: {status} {text[:200]!r}"
-    if kind == "too long":
-        ids = [5] * (server.longest + draw.choice((1, 1000)))
-        status, text = server.post(body(server, ids, 4))
-        return "" if 400 <= status < 500 else f"too long: {status} {text[:200]!r}"
+    if kind in ("malformed", "too long"):
+        asked = draw.choice(MALFORMED)
+        if kind == "too long":
+            asked = body(server, [5] * (server.longest + draw.choice((1, 1000))), 4)
+        status, text = server.post(asked)
+        said = message(text)
+        with tally.lock:
+            tally.statuses[kind][str(status)] += 1
+            tally.refusals[f"{status} {said[:160]}"] += 1
+        return "" if 400 <= status < 500 and said else f"{kind}: {status} {text[:200]!r}"
     own = questions["long" if kind == "long" or draw.random() < 0.3 else "short"]
     question = draw.choice(own)
     if kind == "cancelled":
         stream = body(server, question.item.prompt, 64, stream=True)
         status, text = server.post(stream, hang_up=True)
+        with tally.lock:
+            tally.statuses[kind][str(status)] += 1
         return "" if status == 200 else f"cancelled: {status} {text[:200]!r}"
     status, text = server.post(body(server, question.item.prompt, question.item.max_new_tokens))
+    with tally.lock:
+        tally.statuses[kind][str(status)] += 1
     if status != 200:
         return f"{kind}: {status} {text[:200]!r}"
     answer = json.loads(text)["choices"][0]["text"]
@@ -366,6 +510,15 @@ def one_request(
     return ""
 
 
+def message(text: bytes) -> str:
+    """What a refusal says in the field of OpenAI's protocol; nothing where it has none."""
+    try:
+        said = json.loads(text)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return " ".join(said.split()) if isinstance(said, str) else ""
+
+
 def body(server: Server, prompt: Any, tokens: int, **more: Any) -> bytes:
     """A request for a greedy answer."""
     asked = {"model": server.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
@@ -374,15 +527,20 @@ def body(server: Server, prompt: Any, tokens: int, **more: Any) -> bytes:
 
 def show(row: dict[str, Any], tally: Tally) -> None:
     """Print what a row says, and what was not as expected."""
-    memory = [point["bytes"] / 1e6 for point in row["memory"]]
     print(
         f"{row['case']}: {sum(row['sent'].values())} requests {row['sent']}, {row['answered']} "
         f"answers, {row['different_from_offline']} unlike transformers', {row['wrong']} wrong "
-        f"({row['wrong_offline']} offline), {row['unexpected_statuses']} unexpected, slowest "
+        f"({row['wrong_offline']} offline), {row['unexpected']} unexpected, slowest "
         f"{row['slowest_s']:.1f} s"
     )
-    if memory:
-        print(f"memory: first {memory[0]:,.0f} MB, most {max(memory):,.0f}, last {memory[-1]:,.0f}")
+    for name, own in row["growth"].items():
+        print(
+            f"  {name:12s} {own['first_quarter_mb']:9,.1f} MB -> {own['last_quarter_mb']:9,.1f}, "
+            f"{own['mb_per_hour']:+8.1f} MB/hour ({own['mb_per_hour_last_half']:+.1f} in the last "
+            "half)"
+        )
+    for text, times in row["refusals"].items():
+        print(f"  refused {times} times: {text}")
     for said in tally.surprises[:20]:
         print(f"  unexpected: {said}")
 
