@@ -4,6 +4,7 @@
     python recipes/soak.py --minutes 60 --device cpu --long 4096 --dense-up-to 1024
     python recipes/soak.py --minutes 2 --device cpu --smoke --out /tmp/trial
     python recipes/soak.py --minutes 10 --device cpu --smoke --plain    # vLLM's own attention
+    python recipes/soak.py --minutes 1 --device cpu --smoke --kill      # then its worker is killed
 
 `dynmask serve` is started; some clients at once ask short and long questions with known answers,
 hang up in the middle, send malformed requests, and prompts that are too long. Beforehand
@@ -13,7 +14,9 @@ offline ones, answers that are wrong, and what was not as expected (a refusal wi
 not). It holds the memory of each of the server's processes (and of the GPU) over the time: the
 curve, and, after a warm-up, the medians of its first and its last quarter and the slope. It is
 written once a minute, so a run that is stopped leaves one. The server's log is `soak.log` beside
-it. Only the server that it started is asked, at this machine's own address.
+it. With `--kill` the process that computes is killed in the end, while it answers: the row says
+what the askers heard, and how long it took until `--restart 1` had the next one answered. Only the
+server that it started is asked, at this machine's own address.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -58,8 +61,15 @@ SAMPLES, LEAST_SAMPLE_S = 240, 2.0
 WARM_UP = 1 / 6
 """Share of the time that memory takes to settle: what is allocated once is no growth."""
 WRITE_S = 60.0
-STOP_S = 120.0
+STOP_S, RESTART_S = 120.0, 600.0
 MEGA = 1e6
+PARTS = {
+    "supervisor": b"supervise.py",
+    "engine": b"EngineCore",
+    "worker": b"Worker",
+    "server": b"vllm.entrypoints",
+}
+"""Marks in the titles of processes; the first that fits says what one does."""
 SETTINGS = ("OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE", "MALLOC_ARENA_MAX", "LD_PRELOAD")
 """Environment variables that a row names: what memory and time depend on."""
 
@@ -71,7 +81,7 @@ MALFORMED = (
     b'{"prompt": "a", "temperature": "hot"}',
     b"\xff\xfe",
 )
-"""Bodies that are no requests; the model's name is added where there is an object."""
+"""Bodies that are no requests."""
 
 
 @dataclass
@@ -110,12 +120,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--long", type=int, help=f"tokens ({LONG}; --smoke: {SMOKE_LONG})")
     parser.add_argument("--dense-up-to", type=int, help="of dynmask serve")
     parser.add_argument("--plain", action="store_true", help="vLLM's own attention, to compare")
+    parser.add_argument("--kill", action="store_true", help="kill the worker in the end")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="short prompts: does it run through?")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
+    if args.kill and args.plain:
+        parser.error("--kill: expected dynmask serve, which starts again; received --plain too")
     require_vllm("recipes/soak.py")
     # ended from outside, it still ends the server that it started
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -136,11 +149,14 @@ def main(argv: list[str] | None = None) -> None:
         try:
             server.start()
             ask(server, questions, args, record)
+            if args.kill:
+                record.killed = kill_and_ask(server, questions["short"][0], args)
             record.finish(alive=server.process.poll() is None)
         finally:
             server.stop()
     show(record.row(), record.tally)
-    if record.tally.surprises or not record.alive:
+    again = record.killed is None or record.killed["right_again"]
+    if record.tally.surprises or not record.alive or not again:
         sys.exit(1)
 
 
@@ -210,6 +226,7 @@ class Server:
 
             gated = MaskCard.from_pretrained(args.card).header["policy"] == "gated"
             own = ["--dense-up-to", str(args.dense_up_to)] if gated else []
+            own += ["--restart", "1"] if args.kill else []
             card = ["--card", str(args.card)]
             start = ["-m", "dynmask.cli", "serve", self.model, *card, *own, *where, "--"]
         self._command = [sys.executable, *start, *rest]
@@ -268,38 +285,60 @@ class Server:
         try:
             process.wait(STOP_S)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            for entry in self.processes():
+                os.kill(int(entry.name), signal.SIGKILL)
 
-    def post(self, body: bytes, hang_up: bool = False) -> tuple[int, bytes]:
-        """Status and answer; with ``hang_up`` what came first of it."""
+    def post(
+        self, body: bytes, hang_up: bool = False, begun: Callable[[], None] | None = None
+    ) -> tuple[int, bytes]:
+        """Status and answer.
+
+        Args:
+            body: of the request.
+            hang_up: leave after what comes first of the answer.
+            begun: called when that has come.
+        """
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         try:
             head = {"Content-Type": "application/json"}
             connection.request("POST", "/v1/completions", body, head)
             answer = connection.getresponse()
-            return answer.status, answer.read(64) if hang_up else answer.read()
+            if begun is None:
+                return answer.status, answer.read(64) if hang_up else answer.read()
+            first = answer.read(64)
+            begun()
+            return answer.status, first + answer.read()
         finally:
             connection.close()
 
     def memory(self) -> dict[str, dict[str, int]]:
         """Bytes of each part of the server: rss, pss (what is shared is divided), anonymous."""
         found: dict[str, dict[str, int]] = {}
-        group = os.getpgid(self.process.pid)
+        for entry in self.processes():
+            try:
+                add(found, part_of(entry), memory_of(entry))
+            except OSError:
+                continue  # it has ended meanwhile
+        return found
+
+    def processes(self) -> Iterator[Path]:
+        """Folders in /proc of the server's processes: those of its session."""
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
-                    if os.getpgid(int(entry.name)) == group:
-                        add(found, self._part(entry), memory_of(entry))
+                    if os.getsid(int(entry.name)) == self.process.pid:
+                        yield entry
                 except OSError:
-                    continue  # it has ended meanwhile
-        return found
+                    continue
 
-    def _part(self, entry: Path) -> str:
-        """What a process of the server does."""
-        if int(entry.name) == self.process.pid:
-            return "server"
-        title = (entry / "cmdline").read_bytes()
-        return "engine" if b"EngineCore" in title else "worker" if b"Worker" in title else "others"
+
+def part_of(entry: Path) -> str:
+    """What a process of the server does, by its title."""
+    title = (entry / "cmdline").read_bytes()
+    for part, mark in PARTS.items():
+        if mark in title:
+            return part
+    return "others"
 
 
 def memory_of(entry: Path) -> dict[str, int]:
@@ -326,6 +365,7 @@ class Record:
         self.tally = Tally()
         self.curve: list[dict[str, Any]] = []
         self.alive, self.finished = True, False
+        self.killed: dict[str, Any] | None = None
         self._written = 0.0
 
     def sample(self, passed: float, memory: dict[str, dict[str, int]]) -> None:
@@ -345,7 +385,7 @@ class Record:
     def row(self) -> dict[str, Any]:
         """Everything so far."""
         args, tally = self.args, self.tally
-        name = f"soak {args.model.name}{' vllm' if args.plain else ''}"
+        name = f"soak {args.model.name}{' vllm' * args.plain}{' killed' * args.kill}"
         with tally.lock:
             return {
                 "case": name, "card": None if args.plain else args.card.name,
@@ -358,7 +398,7 @@ class Record:
                 "wrong": tally.wrong, "wrong_offline": tally.wrong_offline,
                 "unexpected": len(tally.surprises), "surprises": tally.surprises[:20],
                 "slowest_s": round(tally.slowest_s, 2), "finished": self.finished,
-                "alive_at_the_end": self.alive, "growth": growth(self.curve),
+                "alive_at_the_end": self.alive, "killed": self.killed, "growth": growth(self.curve),
                 "settings": self.settings, "memory_mb": self.curve, **self.here,
             }  # fmt: skip
 
@@ -435,6 +475,69 @@ def ask(
         over.set()
         for one in clients:
             one.join()
+
+
+def kill_and_ask(server: Server, question: Question, args: argparse.Namespace) -> dict[str, Any]:
+    """Kill the process that computes while it answers two requests, then ask until one is answered.
+
+    Returns what the two askers heard, how long the server was away, and whether it was right again.
+    """
+    victim = victim_of(server)
+    name, heard, killed_at = part_of(victim), {}, []
+
+    def kill() -> None:
+        killed_at.append(time.monotonic())
+        os.kill(int(victim.name), signal.SIGKILL)
+
+    def listen(stream: bool) -> None:
+        more = {"ignore_eos": True, "stream": stream}
+        asked = body(server, question.item.prompt, args.long - args.short, **more)
+        try:
+            status, text = server.post(asked, begun=kill if stream else None)
+            said = f"{status} {end_of(text)}"
+        except (OSError, http.client.HTTPException) as error:
+            said = f"{type(error).__name__}: {error}"
+        heard["streamed" if stream else "whole"] = said
+
+    whole = threading.Thread(target=listen, args=(False,))
+    whole.start()
+    listen(True)  # it comes second, so the other one is under way when this one's first token comes
+    whole.join()
+    answer = wait_for_answer(server, question)
+    away = time.monotonic() - killed_at[0]
+    right = answer == question.offline
+    return {"killed": name, "heard": heard, "away_s": round(away, 1), "right_again": right}
+
+
+def victim_of(server: Server) -> Path:
+    """The process that computes: a worker, or the engine where that is one with it."""
+    parts = {part_of(entry): entry for entry in server.processes()}
+    return parts.get("worker") or parts["engine"]
+
+
+def wait_for_answer(server: Server, question: Question) -> str | None:
+    """The answer to a question as soon as there is one; None where the server has ended."""
+    asked, pause = (
+        body(server, question.item.prompt, question.item.max_new_tokens),
+        threading.Event(),
+    )
+    stop = time.monotonic() + RESTART_S
+    while time.monotonic() < stop and server.process.poll() is None:
+        try:
+            status, text = server.post(asked)
+            if status == 200:
+                return json.loads(text)["choices"][0]["text"]
+        except (OSError, http.client.HTTPException):
+            pass  # nobody is there yet
+        pause.wait(0.2)
+    return None
+
+
+def end_of(text: bytes) -> str:
+    """What an answer says of an error: that of a stream is one of its events."""
+    events = [line.removeprefix(b"data: ") for line in text.splitlines()]
+    said = [found for event in events if (found := message(event))]
+    return said[-1] if said else text[-160:].decode(errors="replace")
 
 
 def gpu_bytes() -> int | None:
@@ -539,6 +642,8 @@ def show(row: dict[str, Any], tally: Tally) -> None:
             f"{own['mb_per_hour']:+8.1f} MB/hour ({own['mb_per_hour_last_half']:+.1f} in the last "
             "half)"
         )
+    if row["killed"]:
+        print(f"  killed: {row['killed']}")
     for text, times in row["refusals"].items():
         print(f"  refused {times} times: {text}")
     for said in tally.surprises[:20]:
