@@ -35,7 +35,7 @@ does whatever follows --, the way to those that have the name of one of these.
 
 A server that ends by itself is an error: exit code 1, or --restart.
 
-A policy that chooses by the last tokens that are read at once (gated, vertical_slash,
+A policy whose choice depends on where a prompt is cut (gated, pooled, vertical_slash,
 ...) is served with whole prompts and without cached prefixes, so that an answer does not
 depend on what else is served; --chunked leaves both to vLLM. docs/serving.md tells it all.
 """

@@ -84,12 +84,12 @@ def command_of(command: Sequence[str], restarts: int) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code."""
+    """Run the command that follows -- and return its exit code."""
     parser = argparse.ArgumentParser(description="run a server; report or mend its end")
     parser.add_argument("--restart", type=int, default=0, help="how many times")
-    parser.add_argument("command", nargs="+", help="of the server, after --")
-    arguments = parser.parse_args(argv)
-    return Supervisor(arguments.command, arguments.restart).run()
+    given = list(sys.argv[1:] if argv is None else argv)
+    at = given.index("--")  # the server may have a -- of its own
+    return Supervisor(given[at + 1 :], parser.parse_args(given[:at]).restart).run()
 
 
 def _say(text: str) -> None:
