@@ -5,6 +5,7 @@
     python recipes/soak.py --minutes 2 --device cpu --smoke --out /tmp/trial
     python recipes/soak.py --minutes 10 --device cpu --smoke --plain    # vLLM's own attention
     python recipes/soak.py --minutes 1 --device cpu --smoke --kill      # then its worker is killed
+    python recipes/soak.py --draw docs/soak.png            # the memory of the rows that there are
 
 `dynmask serve` is started; some clients at once ask short and long questions with known answers,
 hang up in the middle, send malformed requests, and prompts that are too long. Beforehand
@@ -126,7 +127,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--draw", type=Path, metavar="PICTURE", help="of measured rows, then stop")
     args = parser.parse_args(argv)
+    if args.draw:
+        draw([row for row in rows_of(args.out / "soak.jsonl") if not row.get("killed")], args.draw)
+        return
     if args.kill and args.plain:
         parser.error("--kill: expected dynmask serve, which starts again; received --plain too")
     require_vllm("recipes/soak.py")
@@ -626,6 +631,31 @@ def body(server: Server, prompt: Any, tokens: int, **more: Any) -> bytes:
     """A request for a greedy answer."""
     asked = {"model": server.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
     return json.dumps(asked | more).encode()
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the memory of the process that computes and of the others, against the time."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for color, row in enumerate(rows):
+        minutes = [point["s"] / 60 for point in row["memory_mb"]]
+        compute = [point.get("worker_anonymous", 0) for point in row["memory_mb"]]
+        rest = [point["all_anonymous"] - own for point, own in
+                zip(row["memory_mb"], compute, strict=True)]  # fmt: skip
+        name = "dynmask" if row["card"] else "vLLM's own attention"
+        axes.plot(minutes, compute, color=f"C{color}", lw=1.3, label=f"{name}: worker")
+        axes.plot(minutes, rest, color=f"C{color}", lw=1.3, ls=":", label=f"{name}: the rest")
+    axes.set(xlabel="minutes", ylabel="anonymous memory, MB", ylim=(0, None), xlim=(0, None))
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    device = ", ".join(sorted({row["device"]["name"] for row in rows}))
+    axes.set_title(f"a served model under mixed load, {device}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 def show(row: dict[str, Any], tally: Tally) -> None:

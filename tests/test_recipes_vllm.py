@@ -247,3 +247,20 @@ def test_a_worker_is_killed_and_the_next_request_answered(tmp_path, answer, righ
     assert server.worker.returncode == -9 and server.refused == 3
     assert found["killed"] == "worker" and found["right_again"] == right and found["away_s"] >= 0
     assert found["heard"] == {"streamed": "200 it is too long", "whole": "500 it is too long"}
+
+
+def test_the_memory_is_drawn(tmp_path, monkeypatch):
+    """Of measured rows; one whose worker was killed is no curve of memory."""
+    pytest.importorskip("matplotlib")
+    for name in ("plain", "kill"):
+        record = soak.Record(arguments(tmp_path, **{name: True}), HERE, Nobody(400, WHY))
+        for second in (0, 30):
+            memory = {"all": {"anonymous": 3}, "worker": {"anonymous": 2}}
+            record.sample(second, memory)
+        record.killed = {"killed": "worker"} if name == "kill" else None
+        record.finish(alive=True)
+    picture, drawn, draw = tmp_path / "picture" / "soak.png", [], soak.draw
+    monkeypatch.setattr(soak, "draw", lambda rows, path: (drawn.extend(rows), draw(rows, path)))
+    soak.main(["--out", str(tmp_path), "--draw", str(picture)])
+    assert [row["case"] for row in drawn] == ["soak m vllm"]
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -46,14 +46,12 @@ class Supervisor:
         restarted = 0
         while True:
             code = self._once()
-            if self._asked is not None:
+            if self._asked is not None or code == USAGE:  # a wrong option stays wrong
                 return _exit_code(code)
-            again = restarted < self.restarts and code != USAGE  # a wrong option stays wrong
-            rest = (
-                f"starting it again ({restarted + 1} of {self.restarts})" if again else "giving up"
-            )
-            if not self.restarts:
-                rest = "start it again, or let --restart N do that"
+            again = restarted < self.restarts
+            rest = "giving up" if self.restarts else "start it again, or let --restart N do that"
+            if again:
+                rest = f"starting it again ({restarted + 1} of {self.restarts})"
             _say(f"the server ended by itself, {_told(code)}; {rest}")
             if not again:
                 return _exit_code(code) or FAILURE
