@@ -244,12 +244,12 @@ sys.exit(int(end))
 """
 
 
-def kept(tmp_path, restart, *ends):
+def kept(tmp_path, restart, *ends, nohup=()):
     """A supervisor with a server that ends so, and the file that counts starts."""
     note = tmp_path / "starts"
     server = [sys.executable, "-c", SERVER.replace("\\\\", "\\"), str(note), *ends]
     process = subprocess.Popen(
-        supervise.command_of(server, restart), text=True,
+        [*nohup, *supervise.command_of(server, restart)], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     return process, note
@@ -294,6 +294,18 @@ def test_a_server_that_is_stopped_is_not_started_again(tmp_path, number):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0 and len(note.read_text().split()) == 2
     assert "(1 of 3)" in err and "(2 of 3)" not in err
+
+
+@pytest.mark.parametrize("nohup, code", [(False, 129), (True, 0)])
+def test_a_terminal_that_is_closed(tmp_path, nohup, code):
+    """It ends the server, but for one that was started to outlive it."""
+    process, _ = kept(tmp_path, 3, "wait", nohup=["nohup"] * nohup)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    if nohup:
+        process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == code
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone tells a process")

@@ -42,7 +42,9 @@ class Supervisor:
     def run(self) -> int:
         """The exit code: the server's own when it was asked to stop, else never 0."""
         for number in FORWARDED:
-            signal.signal(number, self._forward)
+            outlives = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if not outlives:  # under nohup it goes on when its terminal is closed
+                signal.signal(number, self._forward)
         restarted = 0
         while True:
             code = self._once()
