@@ -71,7 +71,10 @@ PARTS = {
     "server": b"vllm.entrypoints",
 }
 """Marks in the titles of processes; the first that fits says what one does."""
-SETTINGS = ("OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE", "MALLOC_ARENA_MAX", "LD_PRELOAD")
+SETTINGS = (
+    "OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE", "LD_PRELOAD",
+    "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_",
+)  # fmt: skip
 """Environment variables that a row names: what memory and time depend on."""
 
 MALFORMED = (
