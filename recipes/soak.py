@@ -71,6 +71,8 @@ PARTS = {
     "server": b"vllm.entrypoints",
 }
 """Marks in the titles of processes; the first that fits says what one does."""
+SAME = ("case", "minutes", "settings")
+"""What a row has in common with the one whose place it takes."""
 SETTINGS = (
     "OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE", "LD_PRELOAD",
     "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_",
@@ -413,7 +415,8 @@ class Record:
     def write(self) -> None:
         """Write the row in place of an earlier one."""
         row, out = self.row(), self.args.out / "soak.jsonl"
-        write_rows(out, [*(r for r in rows_of(out) if r["case"] != row["case"]), row])
+        others = [r for r in rows_of(out) if any(r[name] != row[name] for name in SAME)]
+        write_rows(out, [*others, row])
 
 
 def megabytes(memory: dict[str, dict[str, int]]) -> dict[str, float]:
@@ -650,6 +653,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         rest = [point["all_anonymous"] - own for point, own in
                 zip(row["memory_mb"], compute, strict=True)]  # fmt: skip
         name = "dynmask" if row["card"] else "vLLM's own attention"
+        name += ", malloc's thresholds fixed" if "MALLOC_MMAP_THRESHOLD_" in row["settings"] else ""
         axes.plot(minutes, compute, color=f"C{color}", lw=1.3, label=f"{name}: worker")
         axes.plot(minutes, rest, color=f"C{color}", lw=1.3, ls=":", label=f"{name}: the rest")
     axes.set(xlabel="minutes", ylabel="anonymous memory, MB", ylim=(0, None), xlim=(0, None))

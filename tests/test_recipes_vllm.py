@@ -208,6 +208,8 @@ def test_a_run_that_is_stopped_has_left_its_row(tmp_path):
     other.finish(alive=True)
     record.finish(alive=True)  # in place of its own, beside another's
     assert [(r["case"], r["finished"]) for r in rows()] == [("soak m vllm", True), ("soak m", True)]
+    soak.Record(arguments(tmp_path, minutes=9), HERE, Nobody(400, WHY)).finish(alive=True)
+    assert [r["minutes"] for r in rows()] == [0.1, 0.1, 9]
 
 
 class Killed(Nobody):
