@@ -640,23 +640,25 @@ def body(server: Server, prompt: Any, tokens: int, **more: Any) -> bytes:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the memory of the process that computes and of the others, against the time."""
+    """Draw the memory of all processes of each row against the time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.0, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for color, row in enumerate(rows):
-        minutes = [point["s"] / 60 for point in row["memory_mb"]]
-        compute = [point.get("worker_anonymous", 0) for point in row["memory_mb"]]
-        rest = [point["all_anonymous"] - own for point, own in
-                zip(row["memory_mb"], compute, strict=True)]  # fmt: skip
+    for row in rows:
         name = "dynmask" if row["card"] else "vLLM's own attention"
         name += ", malloc's thresholds fixed" if "MALLOC_MMAP_THRESHOLD_" in row["settings"] else ""
-        axes.plot(minutes, compute, color=f"C{color}", lw=1.3, label=f"{name}: worker")
-        axes.plot(minutes, rest, color=f"C{color}", lw=1.3, ls=":", label=f"{name}: the rest")
-    axes.set(xlabel="minutes", ylabel="anonymous memory, MB", ylim=(0, None), xlim=(0, None))
+        minutes = [point["s"] / 60 for point in row["memory_mb"]]
+        size = [point["all_anonymous"] for point in row["memory_mb"]]
+        axes.plot(minutes, size, lw=1.3, label=f"{name} ({sum(row['sent'].values()):,} requests)")
+    axes.set(
+        xlabel="minutes",
+        ylabel="anonymous memory of all processes, MB",
+        ylim=(0, None),
+        xlim=(0, None),
+    )
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     device = ", ".join(sorted({row["device"]["name"] for row in rows}))
