@@ -655,14 +655,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.plot(minutes, size, lw=1.3, label=f"{name} ({sum(row['sent'].values()):,} requests)")
     axes.set(
         xlabel="minutes",
-        ylabel="anonymous memory of all processes, MB",
+        ylabel="anonymous memory, MB",
         ylim=(0, None),
         xlim=(0, None),
     )
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     device = ", ".join(sorted({row["device"]["name"] for row in rows}))
-    axes.set_title(f"a served model under mixed load, {device}", fontsize=10)
+    axes.set_title(f"all processes of a server under mixed load, {device}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
