@@ -29,6 +29,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.list:
         print("\n".join(CASES))
         return
+    require_vllm("recipes/vllm_compare.py")
     device, out = torch.device(args.device), args.out / "vllm.jsonl"
     here = machine(device)
     here["commit"] = args.commit or here["commit"]
@@ -140,6 +142,15 @@ def main(argv: list[str] | None = None) -> None:
         goals(found, device, args.out / "headline.jsonl")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
+
+
+def require_vllm(recipe: str) -> None:
+    """Leave with a message where vLLM is not installed."""
+    if find_spec("vllm") is None:
+        sys.exit(
+            f"{recipe}: expected vLLM in this Python's environment, received none; remedy: "
+            "pip install 'dynmask[vllm]' (a build for CPUs: CONTRIBUTING.md)"
+        )
 
 
 def write_model(folder: Path, shape: Shape, positions: int) -> Path:

@@ -22,6 +22,10 @@ FIELDS = {
 }  # fmt: skip
 
 
+VLLM = {"--max-model-len", "--dtype", "--tensor-parallel-size"}
+"""Options of vLLM's own that the documents show."""
+
+
 def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch):
     code = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
     assert code.count("import") >= 3
@@ -46,9 +50,10 @@ def test_the_commands_of_the_documents_exist(page):
 
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for line in re.findall(r"^    (dynmask .*)$", text, flags=re.MULTILINE):
-        # what follows -- goes to vLLM
+        # exits with 2 on an unknown command; an unknown option of serve goes to vLLM
         words = shlex.split(line.partition(" -- ")[0])[1:]
-        parser().parse_args(words)  # exits with 2 on an unknown command or option
+        _, unknown = parser().parse_known_args(words)
+        assert {w for w in unknown if w.startswith("-")} <= (VLLM if words[0] == "serve" else set())
 
 
 @pytest.mark.parametrize(
@@ -108,6 +113,28 @@ def test_the_size_of_the_retained_cache_is_that_of_a_real_one():
         model.base_model(torch.arange(700)[None], past_key_values=cache)
     few = 64 * model.config.num_hidden_layers  # two counters and the widths of each layer
     assert 0 < cache.nbytes - tables.bounded_bytes(256, 4) < few
+
+
+@pytest.mark.parametrize("page, beside", [("long_prompts.md", {"snapkv"}), ("serving.md", set())])
+def test_the_documents_tell_alike_which_policies_a_cut_changes(page, beside):
+    """Rows: never, at whole blocks not, always; by what the policies say of themselves."""
+    from dynmask.policies import FIXED, Dam, Retained
+    from dynmask.policies.base import grid_of
+
+    kinds: list[set[str]] = [set(), set(), set()]
+    for name, policy in FIXED.items():
+        grid = grid_of(policy())
+        kinds[0 if grid == 1 else 1 if grid else 2].add(name)
+    assert Dam.causal and Retained.causal
+    kinds[0] |= {Dam.name, Retained.name}
+    kinds[2] = kinds[2] - {"snapkv"} | beside
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    first = text.index("| `full`, `streaming`")
+    told = []
+    for line in text[first:].splitlines()[:3]:
+        names = line.split("|")[1].replace("`gated` with maps of blocks alone", "")
+        told.append(set(re.findall(r"`(\w+)`", names)) - {"dma"})
+    assert told == kinds
 
 
 def test_every_policy_has_its_row_in_the_readme():

@@ -1,7 +1,12 @@
 """``dynmask serve``: what it refuses before a model is loaded, and the command that it becomes."""
 
 import os
+import select
 import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +14,7 @@ import torch
 import dynmask
 from dynmask import cli
 from dynmask.calibrate import DamSettings
-from dynmask.cli import serve
+from dynmask.cli import serve, supervise
 from tests.tiny import tiny_llama
 
 
@@ -28,11 +33,13 @@ def here(tmp_path_factory):
 
 @pytest.fixture
 def become(monkeypatch):
-    """What the process would have become: command and environment."""
+    """What the process would have become: the server's command, environment, how it is kept."""
     became = []
 
     def take(file, command, environment):
-        became.append((command, environment))
+        at = command.index("--")
+        assert file == sys.executable and command[:3] == [file, "-P", supervise.__file__]
+        became.append((command[at + 1 :], environment, command[3:at]))
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execvpe", take)
@@ -55,20 +62,21 @@ def refused(capsys, *arguments):
 
 def test_the_command_is_printed_and_run(here, become, capsys, monkeypatch):
     monkeypatch.chdir(here)  # vLLM's processes may be started elsewhere
-    command, environment = served(
+    command, environment, restart = served(
         become, here / "model", "--card", "dam", "--port", 8123, "--", "--max-model-len", 99
     )
     assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
     assert command[4] == str(here / "model")
     assert command[-4:] == ["--port", "8123", "--max-model-len", "99"]
     assert environment["DYNMASK_POLICY"] == f"dam:{(here / 'dam').resolve()}"
+    assert restart == ["--restart", "0"]
     said = capsys.readouterr().err
     assert said.strip().endswith(shlex.join(command)) and "DYNMASK_POLICY=dam:" in said
 
 
 def test_a_card_in_the_environment_does_not_come_between(here, become, monkeypatch):
     monkeypatch.setenv("DYNMASK_CARD", "/another")
-    _, environment = served(become, here / "model", "--policy", "streaming")
+    _, environment, *_ = served(become, here / "model", "--policy", "streaming")
     assert "DYNMASK_CARD" not in environment
     assert environment["DYNMASK_POLICY"] == "streaming"
 
@@ -105,14 +113,14 @@ def test_short_prompts_of_gated_cards_are_read_whole(here, become, monkeypatch, 
     monkeypatch.setattr("dynmask.integrations.vllm.settings.policy_of_card", lambda p: f"gated:{p}")
     monkeypatch.setattr(serve, "_check", lambda *a: None)
     monkeypatch.setattr(serve, "command_of", lambda *a, **k: ["it"])
-    _, environment = served(become, here / "model", "--card", "owner/name", *given)
+    _, environment, *_ = served(become, here / "model", "--card", "owner/name", *given)
     expected = "gated:owner/name" + (f",dense_up_to={dense}" if dense else "")
     assert environment["DYNMASK_POLICY"] == expected
 
 
 def test_the_backend_is_named_where_there_is_a_gpu(here, become, monkeypatch):
     monkeypatch.setattr(serve, "_has_gpu", lambda: True)
-    command, _ = served(become, here / "model", "--policy", "streaming")
+    command, *_ = served(become, here / "model", "--policy", "streaming")
     assert command[5:7] == ["--attention-backend", "CUSTOM"]
     monkeypatch.setattr(serve, "_has_gpu", lambda: False)
     assert "CUSTOM" not in served(become, here / "model", "--policy", "streaming")[0]
@@ -173,7 +181,9 @@ def test_without_vllm_the_remedy_is_named(here, monkeypatch, capsys):
 def test_a_converted_model_is_served_by_its_own_scores(here, become, capsys, tmp_path):
     assert "not converted" in refused(capsys, here / "model", "--policy", "dma")
     dynmask.convert(tiny_llama(), width=20, window=8).save_pretrained(tmp_path / "converted")
-    command, environment = served(become, tmp_path / "converted", "--policy", "dma", "--", "--x")
+    command, environment, *_ = served(
+        become, tmp_path / "converted", "--policy", "dma", "--", "--x"
+    )
     assert command[-3:] == ["--load-format", "dynmask", "--x"]
     assert environment["DYNMASK_POLICY"] == "dma"
 
@@ -182,3 +192,143 @@ def test_other_commands_pass_nothing_on():
     with pytest.raises(SystemExit) as stop:
         cli.main(["inspect", "card", "--", "--port", "1"])
     assert stop.value.code == 2
+
+
+PASSED_ON = "--max-model-len", "99", "--enforce-eager", "-tp", "2"
+
+
+def test_options_of_vllm_go_to_it(here, become):
+    """With -- or without, between ours or after them, in their order."""
+    model, own = here / "model", ("--policy", "streaming", "--port", "1")
+    for arguments in (
+        (model, *own, *PASSED_ON),
+        (model, *own, "--", *PASSED_ON),
+        (model, *PASSED_ON[:2], *own, *PASSED_ON[2:]),
+        (*own, model, *PASSED_ON[:2], "--", *PASSED_ON[2:]),
+    ):
+        assert served(become, *arguments)[0][4:] == [str(model), "--port", "1", *PASSED_ON]
+
+
+@pytest.mark.parametrize(
+    "before, after, message",
+    [
+        (["--max-model-len", "99"], [], "expected MODEL before vLLM's own options"),
+        (["--enforce-eager"], [], "received --enforce-eager"),
+        ([], ["my-card"], "unrecognized arguments: my-card"),
+        ([], ["--restart", "-1"], "at least 0"),
+    ],
+)
+def test_what_cannot_be_told_apart_is_refused(here, become, capsys, before, after, message):
+    own = "serve", *before, str(here / "model"), "--policy", "streaming", *after
+    with pytest.raises(SystemExit) as stop:
+        cli.main(own)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not become
+
+
+def test_other_commands_refuse_what_they_do_not_know(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["inspect", "card", "--max-model-len", "1"])
+    assert stop.value.code == 2 and "--max-model-len" in capsys.readouterr().err
+
+
+# A server: it notes that it was started, and with what ends it, one start after the other.
+SERVER = """import os, signal, subprocess, sys, time
+from pathlib import Path
+note, *ends = sys.argv[1:]
+with open(note, "a") as file:
+    file.write(f"{os.getpid()}\\n")
+end = ends[min(len(Path(note).read_text().split()), len(ends)) - 1]
+if end == "orphan":
+    engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    Path(note + ".engine").write_text(str(engine.pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+if end == "wait":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+    print("ready", flush=True)
+    time.sleep(600)
+sys.exit(int(end))
+"""
+
+
+def kept(tmp_path, restart, *ends, nohup=()):
+    """A supervisor with a server that ends so, and the file that counts starts."""
+    note = tmp_path / "starts"
+    server = [sys.executable, "-c", SERVER.replace("\\\\", "\\"), str(note), *ends]
+    process = subprocess.Popen(
+        [*nohup, *supervise.command_of(server, restart)], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    return process, note
+
+
+@pytest.mark.parametrize(
+    "restart, ends, code, starts, said",
+    [
+        (0, ["0"], 1, 1, "ended by itself, with exit code 0 (an error of its engine"),
+        (0, ["7"], 7, 1, "or let --restart N do that"),
+        (2, ["0"], 1, 3, "(2 of 2)"),
+        (2, ["1"], 1, 3, "giving up"),
+        (2, ["2"], 2, 1, ""),  # what is wrong with its options it says itself
+        (1, ["orphan", "3"], 3, 2, "killed by SIGKILL; starting it again (1 of 1)"),
+        (0, ["orphan"], 137, 1, "killed by SIGKILL"),
+    ],
+)
+def test_a_server_that_ends_by_itself(tmp_path, restart, ends, code, starts, said):
+    """Never a success, started again as often as was asked for, a wrong option never."""
+    process, note = kept(tmp_path, restart, *ends)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, len(note.read_text().split())) == (code, starts), err
+    assert said in err
+    engine = Path(f"{note}.engine")
+    if engine.exists():  # nothing of the dead server stays behind
+        assert ended(int(engine.read_text()))
+
+
+def ended(process):
+    """Whether it is gone, or dead and not yet fetched by whoever adopted it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_is_stopped_is_not_started_again(tmp_path, number):
+    process, note = kept(tmp_path, 3, "1", "wait")  # the second one lives
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and len(note.read_text().split()) == 2
+    assert "(1 of 3)" in err and "(2 of 3)" not in err
+
+
+@pytest.mark.parametrize("nohup, code", [(False, 129), (True, 0)])
+def test_a_terminal_that_is_closed(tmp_path, nohup, code):
+    """It ends the server, but for one that was started to outlive it."""
+    process, _ = kept(tmp_path, 3, "wait", nohup=["nohup"] * nohup)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    if nohup:
+        process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone tells a process")
+def test_a_server_whose_supervisor_is_killed_stops(tmp_path):
+    process, note = kept(tmp_path, 3, "wait")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    server = os.pidfd_open(int(note.read_text()))
+    process.kill()
+    process.communicate(timeout=60)
+    assert select.select([server], [], [], 60)[0]  # readable when it has ended
+    os.close(server)
+
+
+def test_the_supervisor_imports_nothing_heavy():
+    code = f"import runpy, sys; runpy.run_path({supervise.__file__!r}); print(*sys.modules)"
+    own = [sys.executable, "-P", "-c", code]
+    said = subprocess.run(own, capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "dynmask", "numpy", "transformers"} & set(said)

@@ -4,6 +4,8 @@ Runs where vLLM is installed (``CONTRIBUTING.md``); each engine is a process of 
 """
 
 import json
+import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -328,3 +330,28 @@ def test_the_server_answers_completions_and_chat(tmp_path):
     expected = tokenizer.decode(answers(model, policy, [ids])[0])
     for answer in (found, again):
         assert answer["choices"][0]["text"] == expected
+
+
+def test_a_killed_worker_is_reported_and_the_next_request_is_answered(tmp_path):
+    """By a server that ``--restart`` starts again; the second such end is its own end."""
+    folder = _model_of(MaskCard.from_pretrained(GATED_CARD).header["model"]["fingerprint"])
+    greedy = {"model": str(folder), "prompt": "The first line says red. " * 9, "temperature": 0}
+    endless = greedy | {"max_tokens": 2500, "ignore_eos": True}
+    greedy |= {"max_tokens": TOKENS}
+    own = ["--policy", "streaming:sinks=4,window=16", "--restart", "1"]
+    with Server(tmp_path, folder, own, ["--max-model-len", "3072"]) as server:
+        for again in (True, False):
+            status, expected = server.ask("/v1/completions", **greedy)
+            assert status == 200
+            connection, under_way = server.begin("/v1/completions", **endless)
+            victims = server.processes(b"Worker") or server.processes(b"EngineCore")
+            os.kill(victims[0], signal.SIGKILL)
+            assert b'"error"' in under_way.read()  # the last event of the stream
+            connection.close()
+            if again:
+                server.wait_for_restart()
+                status, found = server.ask("/v1/completions", **greedy)
+                assert (status, found["choices"]) == (200, expected["choices"])
+        assert server.process.wait(60) == 1
+    said = "".join(server.said)
+    assert "starting it again (1 of 1)" in said and "giving up" in said

@@ -127,6 +127,7 @@ class Server:
         self._environment = environment(folder, **own)
         self._folder = folder
         self.said: list[str] = []
+        self._news = threading.Condition()
 
     def __enter__(self) -> Server:
         self.process = subprocess.Popen(
@@ -142,35 +143,70 @@ class Server:
             raise AssertionError("".join(self.said)[-4000:])
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
-        while True:  # it listens a moment after it has said so
+        self._connect()
+        return self
+
+    def _connect(self) -> None:
+        """It listens a moment after it has said so."""
+        while True:
             try:
                 socket.create_connection(("127.0.0.1", self.port), 60).close()
-                return self
+                return
             except ConnectionRefusedError:
                 assert self.process.poll() is None
 
     def _listen(self) -> None:
         """Keep what is said, so that the pipe never fills."""
         assert self.process.stdout is not None
-        self.said.extend(self.process.stdout)
+        for line in self.process.stdout:
+            with self._news:
+                self.said.append(line)
+                self._news.notify()
+
+    def wait_for_restart(self) -> None:
+        """Until it has said for the second time that it is ready."""
+        ready = "Application startup complete"
+        with self._news:
+            assert self._news.wait_for(lambda: sum(ready in x for x in self.said) == 2, 300)
+        self._connect()
+
+    def processes(self, title: bytes) -> list[int]:
+        """Those of its session with a title."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    own = os.getsid(int(entry.name)) == self.process.pid
+                    if own and title in (entry / "cmdline").read_bytes():
+                        found.append(int(entry.name))
+                except OSError:
+                    continue  # it has ended meanwhile
+        return found
 
     def __exit__(self, *error: object) -> None:
         self.process.send_signal(signal.SIGINT)
         try:
             self.process.wait(60)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            for process in self.processes(b""):
+                os.kill(process, signal.SIGKILL)
             raise
         self._reader.join(10)
 
-    def hang_up(self, path: str, **body: Any) -> None:
-        """Ask for a streamed answer and go away after its first bytes."""
+    def begin(
+        self, path: str, **body: Any
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        """Ask for a streamed answer, and return when its first bytes have come."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         head = {"Content-Type": "application/json"}
         connection.request("POST", path, json.dumps(body | {"stream": True}), head)
         answer = connection.getresponse()
         assert answer.status == 200 and answer.read(16)
-        connection.close()
+        return connection, answer
+
+    def hang_up(self, path: str, **body: Any) -> None:
+        """Ask for a streamed answer and go away after its first bytes."""
+        self.begin(path, **body)[0].close()
 
     def ask(self, path: str, **body: Any) -> tuple[int, Any]:
         """Status and answer of one request."""

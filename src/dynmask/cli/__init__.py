@@ -65,10 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = parser()
     given = list(sys.argv[1:] if argv is None else argv)
     own, passed_on = _split(given)
-    arguments = top.parse_args(own)
+    arguments, unknown = top.parse_known_args(own)
+    if unknown and (arguments.command != "serve" or not unknown[0].startswith("-")):
+        top.error(f"unrecognized arguments: {' '.join(unknown)}")
     if passed_on and arguments.command != "serve":
         top.error(f"arguments after --: expected none but for serve, received {passed_on[0]}")
-    arguments.passed_on = passed_on
+    if unknown and not _follow(own, arguments.model, unknown):
+        top.error(
+            f"serve: expected MODEL before vLLM's own options, received {unknown[0]} and then "
+            f"{arguments.model}; write dynmask serve MODEL ... {unknown[0]} ..."
+        )
+    arguments.passed_on = [*unknown, *passed_on]
     arguments.command_line = shlex.join(["dynmask", *given])
     if arguments.command is None:
         top.print_help()
@@ -98,6 +105,14 @@ def _split(given: list[str]) -> tuple[list[str], list[str]]:
         return given, []
     at = given.index("--")
     return given[:at], given[at + 1 :]
+
+
+def _follow(given: list[str], model: str, unknown: list[str]) -> bool:
+    """Whether options that are not ours follow MODEL.
+
+    Before it, what we take for MODEL may be the value of such an option.
+    """
+    return given.index(model) < given.index(unknown[0])
 
 
 def _version() -> str:

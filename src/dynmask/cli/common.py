@@ -16,6 +16,7 @@ __all__ = [
     "USAGE",
     "add_model_options",
     "add_prompt_options",
+    "count",
     "load",
     "policy_label",
     "positive",
@@ -48,6 +49,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, received {text}")
+    return value
+
+
+def count(text: str) -> int:
+    """Parse a whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, received {text}")
     return value
 
 

@@ -11,27 +11,33 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .common import POLICY_HELP, say
+from . import supervise
+from .common import POLICY_HELP, count, say
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "command_of", "run"]
 
 HELP = "answer over HTTP with a sparse mask, by vLLM's OpenAI-compatible server"
 DESCRIPTION = """\
 Start vLLM's server under a card or a policy. The card is checked against the model
-before anything is loaded; then the command is printed and takes the place of this one.
+before anything is loaded; then the command is printed and runs until it is stopped.
 """
 EPILOG = """\
 examples:
   dynmask serve MODEL --card my-card
-  dynmask serve MODEL --card my-card --port 8001 -- --max-model-len 131072
-  dynmask serve MODEL --policy streaming:sinks=4,window=4096 -- --tensor-parallel-size 2
+  dynmask serve MODEL --card my-card --port 8001 --max-model-len 131072
+  dynmask serve MODEL --policy streaming:sinks=4,window=4096 --tensor-parallel-size 2
+  dynmask serve MODEL --card my-card --restart 3
   dynmask serve CONVERTED --policy dma
   dynmask serve MODEL --card my-card --print-only
 
-What follows -- goes to vLLM as it is. A policy that chooses by the last tokens that are
-read at once (gated, vertical_slash, ...) is served with whole prompts and without
-cached prefixes, so that an answer does not depend on what else is served; --chunked
-leaves both to vLLM. docs/serving.md tells it all.
+Options that are not listed here are vLLM's: they go to it as they are, after MODEL. So
+does whatever follows --, the way to those that have the name of one of these.
+
+A server that ends by itself is an error: exit code 1, or --restart.
+
+A policy whose choice depends on where a prompt is cut (gated, pooled, vertical_slash,
+...) is served with whole prompts and without cached prefixes, so that an answer does not
+depend on what else is served; --chunked leaves both to vLLM. docs/serving.md tells it all.
 """
 
 OWN_SCORES = "dma"
@@ -75,13 +81,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="let vLLM cut prompts and share prefixes, whatever the policy",
     )
     command.add_argument(
+        "--restart",
+        type=count,
+        default=0,
+        metavar="N",
+        help="start a server that ended by itself again, up to N times (0)",
+    )
+    command.add_argument(
         "--print-only", action="store_true", help="check, print the command and stop"
     )
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, print, and become the server."""
+    """Check, print, and become the process that keeps the server."""
     passed_on = list(getattr(arguments, "passed_on", ()))
     if find_spec("vllm") is None and not arguments.print_only:
         raise RuntimeError("dynmask serve needs vLLM: pip install 'dynmask[vllm]'")
@@ -99,7 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
     say(f"running: {line}")
     sys.stdout.flush()
     left = {k: v for k, v in os.environ.items() if k != "DYNMASK_CARD"}
-    os.execvpe(command[0], command, left | own)
+    kept = supervise.command_of(command, arguments.restart)
+    os.execvpe(kept[0], kept, left | own)
 
 
 def command_of(
