@@ -40,7 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 CARD = ROOT / "models" / "dynmask-reference-gated"
 HEADS, GROUPS, DIM = 32, 8, 128
 DECODED = 32  # tokens of the decode phase
-DENSE_UP_TO = 8_192  # where decoding drops nothing: shorter inputs gain nothing by a choice
+DENSE_UP_TO = 16_384  # where decoding drops nothing: shorter inputs gain nothing by a choice
 
 Row = dict[str, Any]
 

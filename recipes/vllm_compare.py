@@ -11,7 +11,7 @@ once to warm up and then a few times; the median counts. "First token" is when t
 answer comes back; "tokens per second" counts those after it. ``flash`` is vLLM as it comes, with
 FlashAttention; ``flash-whole`` the same without chunked prefill; ``gated`` the gates of the shipped
 card, spread over the shape's maps, which read all that their gates allow (random attention gives no
-key much, so the least worth is 0), prompts of up to 8,192 tokens whole, as ``dynmask serve`` does.
+key much, so the least worth is 0), prompts of up to 16,384 tokens whole, as ``dynmask serve`` does.
 It chooses for prompts alone: decoded tokens read every key, in CUDA graphs (``DYNMASK_PHASE``);
 ``gated-both`` chooses for them too. ``streaming`` is sinks and a window of 4,096 keys, for both.
 Rows are written as soon as they are known; a case that fails says why and leaves the others alone.
@@ -47,7 +47,7 @@ LENGTHS, SMOKE_LENGTHS = (1_024, 32_768, 131_072), (64, 256)
 NEW, SMOKE_NEW = 128, 8
 ROUNDS, SMOKE_ROUNDS = 3, 1
 SECONDS_OF_A_CASE = 2_400
-DENSE_UP_TO, SMOKE_DENSE_UP_TO = 8_192, 128
+DENSE_UP_TO, SMOKE_DENSE_UP_TO = 16_384, 128
 MARK = "row: "
 """How a line of an engine's process begins that is meant for us."""
 

@@ -106,7 +106,7 @@ def test_prompts_stay_whole_where_the_choice_depends_on_it(here, become):
     assert served(become, model, *own)[0][-3:] == [*WHOLE, "--enable-prefix-caching"]
 
 
-@pytest.mark.parametrize("given, dense", [([], 8192), (["--dense-up-to", 99], 99), (
+@pytest.mark.parametrize("given, dense", [([], 16384), (["--dense-up-to", 99], 99), (
     ["--dense-up-to", 0], 0)])  # fmt: skip
 def test_short_prompts_of_gated_cards_are_read_whole(here, become, monkeypatch, given, dense):
     """The policy's text form carries it, so that transformers can be asked the same."""

@@ -43,7 +43,7 @@ depend on what else is served; --chunked leaves both to vLLM. docs/serving.md te
 OWN_SCORES = "dma"
 """The policy of a model that ``dynmask.convert`` changed, by its own scores."""
 
-DENSE_UP_TO = 8192
+DENSE_UP_TO = 16384
 """Tokens up to which a gated card's prompts are read whole by default: choosing among so few costs
 a GPU more than it saves (``docs/generator.md``)."""
 
