@@ -332,3 +332,11 @@ def test_the_supervisor_imports_nothing_heavy():
     own = [sys.executable, "-P", "-c", code]
     said = subprocess.run(own, capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "dynmask", "numpy", "transformers"} & set(said)
+
+
+def test_a_log_does_not_tell_secrets():
+    command = ["vllm", "serve", "m", "--api-key", "one", "two", "--port", "80", "--hf-token=three"]
+    shown = serve.without_secrets(command)
+    assert shown == ["vllm", "serve", "m", "--api-key", "***", "***", "--port", "80",
+                     "--hf-token=***"]  # fmt: skip
+    assert serve.without_secrets(command[:3] + command[6:8]) == command[:3] + command[6:8]

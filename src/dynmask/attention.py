@@ -250,7 +250,7 @@ def choose(
     others: tuple[Tensor, ...] = (),
 ) -> Choice:
     """What ``impl="auto"`` runs. Every choice computes the same pairs."""
-    on_gpu = query.is_cuda
+    on_gpu = query.device.type == "cuda"
     bare = mask if isinstance(mask, Mask) and bias is None and not return_lse else None
     if bare is not None and bare.is_causal and (not on_gpu or bare.queries in (1, bare.keys)):
         return Choice("sdpa", "the mask is plain causal by construction")

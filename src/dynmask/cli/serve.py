@@ -43,6 +43,9 @@ depend on what else is served; --chunked leaves both to vLLM. docs/serving.md te
 OWN_SCORES = "dma"
 """The policy of a model that ``dynmask.convert`` changed, by its own scores."""
 
+SECRETS = ("--api-key", "--hf-token")
+"""vLLM's options whose values are nobody else's business."""
+
 DENSE_UP_TO = 16384
 """Tokens up to which a gated card's prompts are read whole by default: choosing among so few costs
 a GPU more than it saves (``docs/generator.md``)."""
@@ -109,11 +112,24 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.print_only:
         print(line)
         return 0
-    say(f"running: {line}")
+    say(f"running: {' '.join([*assignments, shlex.join(without_secrets(command))])}")
     sys.stdout.flush()
     left = {k: v for k, v in os.environ.items() if k != "DYNMASK_CARD"}
     kept = supervise.command_of(command, arguments.restart)
     os.execvpe(kept[0], kept, left | own)
+
+
+def without_secrets(command: Sequence[str]) -> list[str]:
+    """A command as a log may have it: what follows an option of :data:`SECRETS` is stars."""
+    shown, hidden = [], False
+    for word in command:
+        name, equals, _ = word.partition("=")
+        if word.startswith("-"):
+            hidden = name in SECRETS
+            shown.append(f"{name}=***" if hidden and equals else word)
+        else:
+            shown.append("***" if hidden else word)
+    return shown
 
 
 def command_of(

@@ -168,7 +168,7 @@ def note_on_chunks(policy: Any, chunks: bool, prefixes: bool) -> str | None:
         return None
     flags = ["--no-enable-chunked-prefill"] * chunks + ["--no-enable-prefix-caching"] * prefixes
     return (
-        f"{policy.name} chooses by the last tokens that are read at once: with chunked prefill or "
+        f"{policy.name} chooses by the tokens that are read at once: with chunked prefill or "
         "a cached prefix its answers depend on where vLLM cuts a prompt, and so on what else is "
         f"served. For the answers of the whole prompt: {' '.join(flags)}"
     )
