@@ -106,9 +106,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.engine:
         engine(json.loads(Path(args.engine).read_text(encoding="utf-8")))
         return
-    if args.list:
-        print("\n".join(CASES))
-        return
     for name, numbers in (
         ("--lengths", args.lengths), ("--rounds", [args.rounds]), ("--limit", [args.limit]),
     ):  # fmt: skip
@@ -116,6 +113,9 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"{name}: expected at least 1, received {min(numbers)}")
     if MaskCard.from_pretrained(args.card).header["policy"] != "gated":
         parser.error(f"--card: expected a card of gates, received {args.card}")
+    if args.list:
+        print("\n".join(CASES))
+        return
     device, out = torch.device(args.device), args.out / "vllm.jsonl"
     here = machine(device)
     here["commit"] = args.commit or here["commit"]
