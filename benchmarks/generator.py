@@ -85,7 +85,9 @@ SHORT = (4_096, 8_192, 16_384)
 
 def kind_of(card: MaskCard) -> str:
     """What a row says of a card of gates."""
-    kinds = "columns and blocks" if bool(card.tensors["blocks"].any()) else "columns alone"
+    blocks = card.tensors.get("blocks")  # older cards have none
+    some = blocks is not None and bool(blocks.any())
+    kinds = "columns and blocks" if some else "columns alone"
     return f"max_kl {card.header['settings']['max_kl']:g}, {kinds}"
 
 

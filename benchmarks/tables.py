@@ -309,7 +309,7 @@ def _answered(rows: list[dict[str, Any]], task: str, policy: str) -> str:
     share = statistics.mean(r["accuracy"] for r in found)
     right = f"{share:.1%}, n {n}" if len(found) > 1 else f"{share * n:.3g} of {n}"
     groups = len({r["group"] for r in rows if r["task"] == task})
-    if 1 < len(found) < groups:
+    if len(found) < groups:
         right += f", {len(found)} of {groups} tasks"
     density = statistics.mean(r["density"] for r in found)
     return f"{right}{star}" if policy == "full" else f"{right}{star}; {density:.2%}"

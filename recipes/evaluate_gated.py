@@ -4,7 +4,7 @@
     python recipes/evaluate_gated.py --model models/dynmask-reference-64k \\
         --tasks "lines 65536" "needle 65536" "ruler 32768"
     python recipes/evaluate_gated.py --policies vertical_slash gated:columns=1024 retained:CARD
-    python recipes/evaluate_gated.py --plot "longeval 800"       # docs/generator.png
+    python recipes/evaluate_gated.py --plot "longeval 600"       # docs/generator.png
     python recipes/evaluate_gated.py --goals                 # what was asked for, from the rows
 
 Policies are full attention, the zero-shot gates (``Gated()`` as it comes) and the card that
@@ -60,9 +60,14 @@ def task_of(name: str, folder: str | None) -> tuple[Any, int]:
     kinds: dict[str, Any] = {
         "lines": Lines, "needle": Needle, "ruler": Ruler, "document_qa": DocumentQA,
     }  # fmt: skip
-    if kind.startswith("ruler:"):
-        return Ruler(tuple(kind.removeprefix("ruler:").split("+"))), int(size)
-    return kinds[kind](), int(size)
+    some = kind.startswith("ruler:")
+    if (not some and kind not in kinds) or not size.isdecimal():
+        raise ValueError(
+            f"--tasks: expected one of {', '.join(kinds)}, ruler:NAME+NAME, and its tokens, as in "
+            f'"lines 16384", received {name!r}'
+        )
+    task = Ruler(tuple(kind.removeprefix("ruler:").split("+"))) if some else kinds[kind]()
+    return task, int(size)
 
 
 def gated_policies(options: argparse.Namespace) -> dict[str, Any]:
@@ -134,6 +139,7 @@ def means(rows: list[Row]) -> dict[tuple[str, str, str], Row]:
             "accuracy": statistics.mean(row["accuracy"] for row in some),
             "density": statistics.mean(row["density"] for row in some),
             "n": sum(row["n"] for row in some), "first": some[0],
+            "groups": {row["group"] for row in some},
         }
         for name, some in found.items()
     }  # fmt: skip
@@ -146,8 +152,10 @@ def record_goals(rows: list[Row]) -> None:
     found = means(rows)
 
     def compare(task: str, policy: str, model: str = MODEL.name) -> tuple[Row, Row] | None:
-        both = found.get((model, task, policy)), found.get((model, task, "full"))
-        return both if all(both) else None  # type: ignore[return-value]
+        ours, full = found.get((model, task, policy)), found.get((model, task, "full"))
+        if ours is None or full is None or ours["groups"] != full["groups"]:
+            return None  # means over different groups say nothing of each other
+        return ours, full
 
     def write(goal: str, metric: str, value: float, target: float, ours: Row, full: Row) -> None:
         better = "lower" if metric == "density" else "higher"
@@ -203,12 +211,18 @@ def draw(rows: list[Row], model: str, task: str, path: Path, names: list[str] | 
     from dynmask.evals.plots import pareto_of
 
     some = [row for row in rows if (row["model"], row["task"]) == (model, task)]
+    if not some:
+        raise SystemExit(f"--plot: expected a task with rows of {model}, received {task!r}")
     if model == MODEL.name:
         beside = rows_of(RESULTS / "reference.jsonl")
         some += [row for row in beside if row["task"] == task and row["policy"] != "full"]
+    known = {row["policy"] for row in some}
+    wrong = sorted(set(names or ()) - known)
+    if wrong:
+        raise SystemExit(
+            f"--policies: expected some of {', '.join(sorted(known))}, received {', '.join(wrong)}"
+        )
     some = [row for row in some if not names or row["policy"] in names]
-    if not some:
-        raise SystemExit(f"--plot: expected a task with rows of {model}, received {task!r}")
     devices = ", ".join(sorted({row["device"]["name"] for row in some}))
     counts = ", ".join(str(n) for n in sorted({row["n"] for row in some}))
     pareto_of(
@@ -266,8 +280,15 @@ def main() -> None:
         options.cards = [beside] if beside.is_dir() else []
     if options.policies and (options.keep or given):
         parser.error("--policies: expected neither --keep nor --cards beside it, received one")
-    for name in options.tasks:
-        task_of(name, options.longeval)  # a name that is none fails before the work
+    from dynmask.policies import parse
+
+    try:  # a name that is none fails before the work
+        for name in options.tasks:
+            task_of(name, options.longeval)
+        for spec in options.policies or ():
+            parse(spec)
+    except ValueError as error:
+        parser.error(str(error))
 
     def keep(rows: list[Row]) -> None:
         name = ("model", "task", "policy", "group")

@@ -38,6 +38,7 @@ from train_reference import load_corpus  # noqa: E402
 
 MODEL = ROOT / "models" / "dynmask-reference"
 LATE = 64  # positions before the answer that they are drawn from
+SHORTEST = 512  # tokens of a document that has room for an answer
 
 Write = Callable[[random.Random, int], None]
 
@@ -104,6 +105,21 @@ def author_of(options: argparse.Namespace, tokenizer: Any) -> Author:
     return Author(corpus)
 
 
+def settings_of(options: argparse.Namespace, allowed: float) -> Any:
+    """Return how a card's budgets are chosen; ValueError for what cannot be."""
+    from dynmask.budgets import BUDGETS, WITH_BLOCKS, GatedSettings
+
+    offered = WITH_BLOCKS if options.blocks or options.encoder else BUDGETS
+    most = max(budget.window for budget in offered)
+    if not 0 <= options.least_window <= most:
+        raise ValueError(f"--least-window: expected 0 to {most}, received {options.least_window}")
+    budgets = tuple(budget for budget in offered if budget.window >= options.least_window)
+    return GatedSettings(
+        max_kl=allowed, least=options.least, pool=options.pool, encoder=options.encoder,
+        budgets=budgets[-2:] if options.smoke else budgets,
+    )  # fmt: skip
+
+
 def main() -> None:
     """Calibrate, and say what each map got."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -129,9 +145,17 @@ def main() -> None:
     options = parser.parse_args()
     if not 0 <= options.beside <= LATE:
         parser.error(f"--beside: expected 0 to {LATE} tokens, received {options.beside}")
+    if options.recall and not options.harder:
+        parser.error("--recall: expected --harder, whose families it leaves out; received it alone")
+    if options.documents is not None and options.documents < 1:
+        parser.error(f"--documents: expected at least 1, received {options.documents}")
+    if options.lengths and min(options.lengths) < SHORTEST:
+        parser.error(f"--lengths: expected at least {SHORTEST}, received {min(options.lengths)}")
+    if len(set(options.max_kl or ())) < len(options.max_kl or ()):
+        parser.error(f"--max-kl: expected different numbers, received {options.max_kl}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dynmask.budgets import BUDGETS, WITH_BLOCKS, GatedSettings, calibrate_gates
+    from dynmask.budgets import calibrate_gates
 
     options.model = options.model or (MODEL.with_name(f"{MODEL.name}-64k") if options.harder
                                       else MODEL)  # fmt: skip
@@ -144,6 +168,10 @@ def main() -> None:
     if options.smoke:
         options.lengths, options.characters = [512], 400_000
         options.documents = min(options.documents, 7 if options.harder else 2)
+    try:
+        asked = [settings_of(options, allowed) for allowed in options.max_kl]
+    except ValueError as error:
+        parser.error(str(error))
     model: Any = AutoModelForCausalLM.from_pretrained(
         options.model, dtype=getattr(torch, options.dtype)
     )
@@ -153,16 +181,7 @@ def main() -> None:
     texts, judged = documents(
         author, options.lengths, options.documents, options.seed, options.beside, options.recall
     )
-    offered = WITH_BLOCKS if options.blocks or options.encoder else BUDGETS
-    budgets = tuple(budget for budget in offered if budget.window >= options.least_window)
-    if not budgets:
-        most = max(budget.window for budget in offered)
-        parser.error(f"--least-window: expected at most {most}, received {options.least_window}")
-    for allowed in options.max_kl:
-        settings = GatedSettings(
-            max_kl=allowed, least=options.least, pool=options.pool, encoder=options.encoder,
-            budgets=budgets[-2:] if options.smoke else budgets,
-        )  # fmt: skip
+    for allowed, settings in zip(options.max_kl, asked, strict=True):
         out = options.out
         if len(options.max_kl) > 1:
             out = out.with_name(f"{out.name}-{allowed:g}")

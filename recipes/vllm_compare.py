@@ -107,6 +107,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.engine:
         engine(json.loads(Path(args.engine).read_text(encoding="utf-8")))
         return
+    for name, numbers in (
+        ("--lengths", args.lengths), ("--rounds", [args.rounds]), ("--limit", [args.limit]),
+    ):  # fmt: skip
+        if any(number is not None and number < 1 for number in numbers or ()):
+            parser.error(f"{name}: expected at least 1, received {min(numbers)}")
+    if MaskCard.from_pretrained(args.card).header["policy"] != "gated":
+        parser.error(f"--card: expected a card of gates, received {args.card}")
     if args.list:
         print("\n".join(CASES))
         return

@@ -19,6 +19,7 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 
+import evaluate_gated
 import gated_card
 import harder_data
 import harder_evaluation
@@ -488,3 +489,81 @@ def test_a_text_that_is_full_before_its_first_question_is_written_again(corpus, 
     monkeypatch.setattr(gated_card, "answers", first_without)
     texts, _ = gated_card.documents(author, [500], 1, 3)
     assert len(asked) == 2 and len(texts) == 1
+
+
+REFUSED_CARDS = {
+    "--recall": "--recall --max-kl 0.002",
+    "--documents": "--documents 0",
+    "--lengths": "--lengths 4096 10",
+    "--max-kl": "--max-kl 0.02 0.02",
+    "--least-window: expected 0 to 4096": "--least-window 5000",
+    "settings.max_kl": "--max-kl -1",
+    "settings.encoder": "--encoder --least-window 600",
+    "pool": "--pool 2",
+}
+
+
+@pytest.mark.parametrize("named", REFUSED_CARDS)
+def test_a_card_that_cannot_be_made_is_refused_before_the_model_is_read(
+    named, tmp_path, monkeypatch, capsys
+):
+    given = [*REFUSED_CARDS[named].split(), "--model", str(tmp_path / "none")]
+    monkeypatch.setattr(sys, "argv", ["gated_card.py", *given])
+    with pytest.raises(SystemExit):
+        gated_card.main()
+    assert named in capsys.readouterr().err
+
+
+def answered(policy: str, *groups: str, task: str = "ruler 32768") -> list[dict]:
+    """Rows of a policy, as results have them."""
+    row = {"model": "dynmask-reference-64k", "task": task, "policy": policy, "n": 8}
+    row |= {"accuracy": 0.5, "density": 0.1, "device": {"type": "cuda", "name": "a GPU"}}
+    return [{**row, "group": group} for group in groups]
+
+
+UNKNOWN = {
+    "received 'lines'": ["--tasks", "lines"],
+    "received 'line 4096'": ["--tasks", "line 4096"],
+    "received 'ruler:vt abc'": ["--tasks", "ruler:vt abc"],
+    "received ('vt', 'foo')": ["--tasks", "ruler:vt+foo 4096"],
+    "received 'nonsense'": ["--tasks", "lines 4096", "--policies", "nonsense"],
+}
+
+
+@pytest.mark.parametrize("said", UNKNOWN)
+def test_an_evaluation_of_what_is_unknown_is_refused_before_the_work(said, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_gated, "run", None)
+    monkeypatch.setattr(sys, "argv", ["evaluate_gated.py", *UNKNOWN[said]])
+    with pytest.raises(SystemExit):
+        evaluate_gated.main()
+    assert said in capsys.readouterr().err
+
+
+def test_a_picture_of_what_was_not_measured_is_refused(tmp_path):
+    rows = answered("full", "vt", "cwe", task="longeval 600")
+    rows = [{**row, "model": evaluate_gated.MODEL.name} for row in rows]
+    task, out = "longeval 600", tmp_path / "picture.png"
+    with pytest.raises(SystemExit, match="gate .card"):
+        evaluate_gated.draw(rows, evaluate_gated.MODEL.name, task, out, ["full", "gate (card)"])
+    with pytest.raises(SystemExit, match="--plot"):  # others have measured the task
+        evaluate_gated.draw([], evaluate_gated.MODEL.name, task, out, None)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("asked", [("vt",), ("vt", "cwe")])
+def test_a_goal_compares_the_same_groups(asked, monkeypatch):
+    import benchmarks.headline
+
+    written: list[dict] = []
+    monkeypatch.setattr(benchmarks.headline, "record", lambda **given: written.append(given))
+    rows = answered("full", "vt", "cwe") + answered(evaluate_gated.CARD, *asked)
+    evaluate_gated.record_goals(rows)
+    assert len(written) == (2 if len(asked) == 2 else 0)
+
+
+def test_a_cell_of_some_groups_says_so():
+    from benchmarks.tables import _answered
+
+    rows = answered("full", "vt", "cwe", "fwe") + answered("one", "vt") + answered("a", "vt", "cwe")
+    cells = [_answered(rows, "ruler 32768", name) for name in ("full", "one", "a")]
+    assert ["of 3 tasks" in cell for cell in cells] == [False, True, True]

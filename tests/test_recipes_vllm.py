@@ -34,6 +34,23 @@ def test_a_card_is_spread_over_another_shape(tmp_path):
     assert card.policy().least == 0
 
 
+@pytest.mark.parametrize("given", ["--lengths 0", "--rounds -1", "--limit 0", "--card {retained}"])
+def test_a_comparison_that_cannot_be_is_refused_before_the_work(given, monkeypatch, capsys):
+    retained = Path(vllm_compare.CARD).with_name("dynmask-reference-retained")
+    monkeypatch.setattr(vllm_compare, "write_model", None)
+    with pytest.raises(SystemExit):
+        vllm_compare.main(["--device", "cpu", *given.format(retained=retained).split()])
+    assert f"{given.split()[0]}: expected" in capsys.readouterr().err
+
+
+def test_a_card_of_before_there_were_blocks_is_of_columns_alone():
+    card = MaskCard.from_pretrained(vllm_compare.CARD)
+    older = {name: x for name, x in card.tensors.items() if name != "blocks"}
+    settings = {k: x for k, x in card.header["settings"].items() if k != "block"}
+    card = MaskCard(card.header | {"settings": settings}, older)
+    assert vllm_compare.kind_of(card).endswith("columns alone")
+
+
 def test_a_model_is_a_configuration_alone(tmp_path):
     folder = vllm_compare.write_model(tmp_path / "model", vllm_compare.TINY, 300)
     config = json.loads((folder / "config.json").read_text())

@@ -366,11 +366,18 @@ def test_settings_of_the_environment_and_of_the_configuration():
         ({"dynmask": {"policy": 3}}, "texts named"),
         ({"dynmask": {"policy": "streaming", "impl": "gpu"}}, "one of auto"),
         ({"dynmask": {"policy": "streaming", "phase": "decode"}}, "one of both, prefill"),
+        ({"dynmask": {"phase": "prefill"}}, "a card or a policy beside the rest"),
     ],
 )
 def test_settings_that_are_none(given, message):
     with pytest.raises(ValueError, match=message):
-        Settings.of(given, {})
+        Settings.of(given, {"DYNMASK_POLICY": "streaming"})
+
+
+@pytest.mark.parametrize("name", ["DYNMASK_PHASE", "DYNMASK_IMPL"])
+def test_a_wrong_variable_is_named(name):
+    with pytest.raises(ValueError, match=f"^{name}: expected one of"):
+        Settings.of(None, {"DYNMASK_POLICY": "streaming", name: "decode"})
 
 
 def test_a_hostile_card_is_refused_when_it_is_named(tmp_path):

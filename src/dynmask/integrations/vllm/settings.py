@@ -49,16 +49,17 @@ class Settings:
         environment = os.environ if environment is None else environment
         given: Any = additional.get(SECTION) if isinstance(additional, Mapping) else None
         source = f"--additional-config {SECTION}"
-        if given is None:
+        names = {key: f"{source} {key}" for key in ("card", "policy", "impl", "phase")}
+        of_environment = given is None
+        if of_environment:
             names = {"card": CARD, "policy": POLICY, "impl": IMPL, "phase": PHASE}
             given = {k: environment[v] for k, v in names.items() if environment.get(v)}
             source = f"{CARD}, {POLICY}"
-        known = ("card", "policy", "impl", "phase")
         if not isinstance(given, Mapping) or not all(
-            key in known and isinstance(text, str) for key, text in given.items()
+            key in names and isinstance(text, str) for key, text in given.items()
         ):
             raise bad(
-                source, f"texts named {', '.join(known)}", repr(given),
+                source, f"texts named {', '.join(names)}", repr(given),
                 "For example {\"dynmask\": {\"card\": \"FOLDER\"}}.",
             )  # fmt: skip
         card, policy = given.get("card"), given.get("policy")
@@ -67,13 +68,15 @@ class Settings:
                 source, "a card or a policy", "both", "A policy may name its card: dam:FOLDER."
             )
         if not card and not policy:
+            if given and not of_environment:  # the environment's is not read beside it
+                raise bad(source, "a card or a policy beside the rest", repr(given))
             return None
         impl = given.get("impl", "auto")
         if impl not in SUPPORTED_IMPLS:
-            raise bad(f"{source} impl", f"one of {', '.join(SUPPORTED_IMPLS)}", repr(impl))
+            raise bad(names["impl"], f"one of {', '.join(SUPPORTED_IMPLS)}", repr(impl))
         phase = given.get("phase", "both")
         if phase not in PHASES:
-            raise bad(f"{source} phase", f"one of {', '.join(PHASES)}", repr(phase))
+            raise bad(names["phase"], f"one of {', '.join(PHASES)}", repr(phase))
         return cls(policy or policy_of_card(str(card)), impl, phase)
 
 
