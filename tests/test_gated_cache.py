@@ -736,3 +736,32 @@ def test_a_card_may_be_asked_to_keep(tmp_path):
 
 def test_public_names():
     assert dynmask.GatedCache is GatedCache
+
+
+def test_full_chooses_for_prompts_alone():
+    """The prompt is that of "select", a decoded token that of the model's own attention."""
+    model = tiny_llama().eval()
+    ids = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(5))
+    select = policy_of(model.config.num_hidden_layers, "select")
+    full = replace(select, decode="full")
+    assert (select.phase, full.phase) == ("both", "prefill")
+    assert full.frees(0, 4, 2) == [False, False] and full.choosing() is full
+    with torch.no_grad():
+        with sparsify(model, select):
+            wanted = model(ids[:, :32], use_cache=True)
+        with sparsify(model, full):
+            found = model(ids[:, :32], use_cache=True)
+            assert torch.equal(found.logits, wanted.logits)
+            cache = found.past_key_values
+            ours = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(32, 40)]
+        cache = wanted.past_key_values  # the same keys, under the model's own attention
+        own = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(32, 40)]
+    torch.testing.assert_close(torch.cat(ours, 1), torch.cat(own, 1))
+    with sparsify(model, full) as run, pytest.raises(ValueError, match="decode='full', which"):
+        dynmask.GatedCache(run)
+
+
+def test_full_is_an_option_of_the_text_form():
+    assert parse("gated:decode=full") == Gated(decode="full")
+    with pytest.raises(ValueError, match="gated"):
+        parse("gated:decode=fully")

@@ -386,6 +386,12 @@ class GatedCache(OwnedCache):
 
 def _check_gains(policy: Gated, plans: list[LayerPlan], heads: int, offload: bool) -> None:
     """Raise ValueError for a policy that this cache has nothing to offer."""
+    if policy.decode == "full":
+        raise bad(
+            "GatedCache", "a policy that leaves keys unread while tokens are decoded",
+            "decode='full', which reads them all",
+            "Leave the cache to generate(), or use another decode.",
+        )  # fmt: skip
     if offload and not any(len(plan.hosted) for plan in plans):
         raise bad(
             "GatedCache: offload",
@@ -395,7 +401,7 @@ def _check_gains(policy: Gated, plans: list[LayerPlan], heads: int, offload: boo
         )
     blocks = any(any(policy.chooses_blocks(plan.index, heads)) for plan in plans)
     freed = any(len(plan.freed) for plan in plans)
-    if policy.decode == "select" and not freed and not blocks:
+    if policy.decode != "keep" and not freed and not blocks:
         raise bad(
             "GatedCache",
             "a policy that leaves keys unread for good in some kv head, or chooses blocks",

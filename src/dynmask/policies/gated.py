@@ -95,6 +95,8 @@ class Gated:
             that a ``dynmask.GatedCache``, which it needs, can drop the other keys. Blocks are
             chosen anew in any case. As what follows a key that is found is asked for later, the
             choice of "keep" takes its neighbours along: ``pool`` is at least ``KEPT_POOL``.
+            "full" chooses for prompts alone, and a decoded token reads every key: one token's
+            choice is made by one query, and may lose what the prompt's 256 found.
         dense_up_to: inputs of so many keys are read whole, for choosing among few costs a GPU
             more than it saves (``docs/generator.md``). No cache drops keys then.
         card: the MaskCard that the gates come from; other models than its own are refused.
@@ -117,13 +119,17 @@ class Gated:
     encoders: tuple[BlockEncoder | None, ...] | None = field(default=None, compare=False)
     soft: bool = False
     strength: float = 1.0
-    decode: Literal["select", "keep"] = "select"
+    decode: Literal["select", "keep", "full"] = "select"
     dense_up_to: int = 0
     card: Any = field(default=None, compare=False, repr=False)
 
     name: ClassVar[str] = "gated"
     causal: ClassVar[bool] = False
-    phase: ClassVar[Literal["both", "prefill"]] = "both"
+
+    @property
+    def phase(self) -> Literal["both", "prefill"]:
+        """Whether decoded tokens are asked about."""
+        return "prefill" if self.decode == "full" else "both"
 
     def __post_init__(self) -> None:
         for name, least in (("sinks", 0), ("window", 1), ("columns", 0), ("last", 1)):
@@ -134,8 +140,8 @@ class Gated:
         odd = 1 <= self.pool <= MOST_POOL and self.pool % 2 == 1
         check_field(self.name, "pool", self.pool, odd, f"odd and from 1 to {MOST_POOL}")
         self._check_blocks()
-        if self.decode not in ("select", "keep"):
-            raise bad("gated: decode", "'select' or 'keep'", repr(self.decode))
+        if self.decode not in ("select", "keep", "full"):
+            raise bad("gated: decode", "'select', 'keep' or 'full'", repr(self.decode))
         self._check_kinds()
         if self.guard is not None:
             check_field(self.name, "guard", self.guard, 0 <= self.guard <= 1, "in [0, 1]")
@@ -243,7 +249,7 @@ class Gated:
 
     def choosing(self) -> Gated:
         """The policy of a call whose choice stays, with any cache."""
-        if self.decode == "select":
+        if self.decode != "keep":
             return self
         return replace(self, decode="select", pool=max(self.pool, KEPT_POOL))
 
@@ -275,8 +281,8 @@ class Gated:
     def frees(self, layer: int, heads: int, kv_heads: int) -> list[bool]:
         """Which kv heads of a layer have keys that none of their query heads reads again."""
         free = torch.tensor(self.windows(layer, heads)) < LifetimeMask.INF
-        free &= torch.tensor(self.dense_up_to == 0)
-        anew = self.chooses if self.decode == "select" else self.chooses_blocks
+        free &= torch.tensor(self.dense_up_to == 0 and self.decode != "full")
+        anew = self.chooses_blocks if self.decode == "keep" else self.chooses
         free &= ~torch.tensor(anew(layer, heads))
         return free.view(kv_heads, -1).all(-1).tolist()
 
