@@ -20,6 +20,7 @@ from dynmask.cli.common import policy_label  # noqa: E402
 from dynmask.evals.generation import attend, bounded_cache, greedy, needed_cache  # noqa: E402
 from dynmask.masks import LifetimeMask, MixedMask  # noqa: E402
 from dynmask.policies import Causal, Gated, Pooled, Streaming, parse  # noqa: E402
+from dynmask.policies.base import for_prompts_alone  # noqa: E402
 from dynmask.policies.gated import Gates  # noqa: E402
 from dynmask.ragged import Part, RaggedStore, WholeStore  # noqa: E402
 from tests.stand_in import save_stand_in  # noqa: E402
@@ -744,7 +745,7 @@ def test_full_chooses_for_prompts_alone():
     ids = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(5))
     select = policy_of(model.config.num_hidden_layers, "select")
     full = replace(select, decode="full")
-    assert (select.phase, full.phase) == ("both", "prefill")
+    assert not for_prompts_alone(select) and for_prompts_alone(full)
     assert full.frees(0, 4, 2) == [False, False] and full.choosing() is full
     with torch.no_grad():
         with sparsify(model, select):

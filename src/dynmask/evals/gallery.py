@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..policies.base import evicts
+from ..policies.base import evicts, for_prompts_alone
 from .engine import check_policies
 from .generation import attend
 from .plots import figure_of, save_figure
@@ -112,7 +112,7 @@ class Recorder:
     @property
     def phase(self) -> str:
         """When the policy is asked."""
-        return self.policy.phase
+        return "prefill" if for_prompts_alone(self.policy) else "both"
 
     def check(self, layers: int, heads: int, kv_heads: int) -> None:
         """Raise ``ValueError`` when the policy does not fit such a model."""

@@ -16,7 +16,7 @@ from ..attention import attention
 from ..masks import LifetimeMask, Mask
 from ..plan import Plan
 from ..policies import Causal, Gated, Layer
-from ..policies.base import evicts
+from ..policies.base import evicts, for_prompts_alone
 
 
 def chooses(policy: Any, index: int) -> bool:
@@ -66,7 +66,7 @@ def ask(
     by_score = chooses(policy, layer.index)
     dense = (
         _reads_all(policy, keys)
-        or (phase == "decode" and policy.phase == "prefill")
+        or (phase == "decode" and for_prompts_alone(policy))
         # what a layer's own window has dropped can no longer be ranked
         or (by_score and window is not None)
     )

@@ -67,6 +67,11 @@ class Policy(Protocol):
         ...
 
 
+def for_prompts_alone(policy: Any) -> bool:
+    """Whether decoded tokens read every key: always under a policy, or as it was set up."""
+    return policy.phase == "prefill" or getattr(policy, "decode", None) == "full"
+
+
 @runtime_checkable
 class Evicting(Protocol):
     """A policy that only ever evicts, by scores that belong to the keys alone.

@@ -125,11 +125,7 @@ class Gated:
 
     name: ClassVar[str] = "gated"
     causal: ClassVar[bool] = False
-
-    @property
-    def phase(self) -> Literal["both", "prefill"]:
-        """Whether decoded tokens are asked about."""
-        return "prefill" if self.decode == "full" else "both"
+    phase: ClassVar[Literal["both", "prefill"]] = "both"
 
     def __post_init__(self) -> None:
         for name, least in (("sinks", 0), ("window", 1), ("columns", 0), ("last", 1)):

@@ -13,7 +13,7 @@ from ...errors import bad
 from ...masks import Mask
 from ...plan import Plan
 from ...policies import Causal, Dam, Elastic, Gated, Layer, Streaming
-from ...policies.base import evicts
+from ...policies.base import evicts, for_prompts_alone
 from ..asking import ask, chooses, compute
 from .batch import Batch, Request
 from .pages import Pages, Scores
@@ -49,7 +49,7 @@ def decodes_whole(policy: Any, phase: str) -> bool:
         policy: what decides.
         phase: of the settings, "both" or "prefill".
     """
-    whole = isinstance(policy, Causal) or "prefill" in (phase, policy.phase)
+    whole = isinstance(policy, Causal) or phase == "prefill" or for_prompts_alone(policy)
     return whole and not evicts(policy)
 
 
@@ -59,7 +59,8 @@ def reads_all(policy: Any, request: Request, whole: float, phase: str = "both") 
     ``whole`` is that of :func:`whole_up_to`, which a layer asks once; ``phase`` that of the
     settings.
     """
-    prompts_alone = request.phase == "decode" and "prefill" in (phase, policy.phase)
+    alone = phase == "prefill" or for_prompts_alone(policy)
+    prompts_alone = request.phase == "decode" and alone
     return prompts_alone or request.keys <= whole
 
 
@@ -182,7 +183,7 @@ class PagedLayer:
     ) -> None:
         """One token of each request, all in one call that reads the pages as they lie."""
         biased: list[Request] = []
-        prompts_alone = "prefill" in (self.phase, self.policy.phase)
+        prompts_alone = self.phase == "prefill" or for_prompts_alone(self.policy)
         shared = prompts_alone or isinstance(self.policy, SAME_IN_ALL_LAYERS)
         name = ("decode", pages.step, pages.size, self.window)
         plan = batch.memo.get(name) if shared else None
@@ -217,7 +218,7 @@ class PagedLayer:
     def _to_look_at(self, pages: Pages, batch: Batch, request: Request) -> tuple[Tensor, Tensor]:
         """Keys and values to choose by; a shape alone where nobody looks."""
         first, heads = self._first(request), self.kv_heads
-        prompts_alone = "prefill" in (self.phase, self.policy.phase)
+        prompts_alone = self.phase == "prefill" or for_prompts_alone(self.policy)
         if prompts_alone or self._by_score or isinstance(self.policy, LOOKS_AT_NOTHING):
             nothing = pages.cache.new_empty(1).expand(1, heads, request.keys - first, self.head_dim)
             return nothing, nothing
