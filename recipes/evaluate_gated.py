@@ -9,7 +9,7 @@
 
 Policies are full attention, the zero-shot gates (``Gated()`` as it comes) and the card that
 ``recipes/gated_card.py`` left beside the model, or those of ``--cards``, the first of which the
-goals are about; with ``--keep`` these again with a cache that drops keys. With ``--policies`` it is
+goals are about; with ``--decode`` these again, decoding another way. With ``--policies`` it is
 full attention and what is named, in the words of ``dynmask evaluate``. With ``--jobs`` tasks are
 evaluated side by side; one at a time they may be stopped by Ctrl-C, and what was answered is kept.
 A row of ``benchmarks/results/generator_tasks.jsonl`` is one of a model, task, group and policy; a
@@ -20,6 +20,7 @@ files ``200_lines.jsonl`` to ``800_lines.jsonl``, which are not part of this rep
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -70,6 +71,19 @@ def task_of(name: str, folder: str | None) -> tuple[Any, int]:
     return task, int(size)
 
 
+def decoding(label: str, decode: str) -> str:
+    """The label of gates whose decoding is another than the policy's own."""
+    return f"{label[:-1]}, decode={decode})"
+
+
+MADE = {
+    CARD: "card", decoding(CARD, "full"): "card, decode=full",
+    ZERO_SHOT: "without calibration",
+    decoding(ZERO_SHOT, "full"): "without calibration, decode=full",
+}  # fmt: skip
+"""What goals call the policies that they are about."""
+
+
 def gated_policies(options: argparse.Namespace) -> dict[str, Any]:
     """The gates without calibration, and those of the cards."""
     import dynmask
@@ -79,9 +93,9 @@ def gated_policies(options: argparse.Namespace) -> dict[str, Any]:
     for index, path in enumerate(options.cards):
         label = CARD if index == 0 else f"gated ({path.name})"
         policies[label] = dynmask.MaskCard.from_pretrained(path).policy()
-    if options.keep:
-        for label, policy in list(policies.items()):
-            policies[f"{label[:-1]}, keep)"] = replace(policy, decode="keep")
+    for label, policy in list(policies.items()):
+        for decode in options.decode:
+            policies[decoding(label, decode)] = replace(policy, decode=decode)
     return policies
 
 
@@ -166,30 +180,27 @@ def record_goals(rows: list[Row]) -> None:
                command="python recipes/evaluate_gated.py")  # fmt: skip
 
     minus = "accuracy minus full attention's"
-    for task in LONGEVAL:
-        if both := compare(task, CARD):
-            ours, full = both
-            goal = f"gated card, {task} lines"
-            write(goal, minus, ours["accuracy"] - full["accuracy"], -0.01, ours, full)
-    if both := compare("longeval 600", CARD):
-        write(
-            "gated card, 16,500 tokens (longeval 600)", "density", both[0]["density"], 0.04, *both
-        )
+    for policy, made in MADE.items():
+        for task in LONGEVAL:
+            if both := compare(task, policy):
+                ours, full = both
+                goal = f"gated {made}, {task} lines"
+                write(goal, minus, ours["accuracy"] - full["accuracy"], -0.01, ours, full)
+        both = compare("longeval 600", policy)
+        if both and policy != ZERO_SHOT:
+            goal = f"gated {made}, 16,500 tokens (longeval 600)"
+            write(goal, "density", both[0]["density"], 0.04, *both)
     if both := compare("longeval 600", ZERO_SHOT):
         ours, full = both
         goal = "gated without calibration, 16,500 tokens (longeval 600)"
         write(goal, minus, ours["accuracy"] - full["accuracy"], -0.02, ours, full)
         write(goal, "density", ours["density"], 0.08, ours, full)
     harder = f"{MODEL.name}-64k"
-    asked = (
-        ("lines 65536", ZERO_SHOT, 0.02), ("needle 65536", ZERO_SHOT, 0.02),
-        ("ruler 32768", CARD, 0.08), ("ruler 32768", ZERO_SHOT, 0.08),
-    )  # fmt: skip
-    for task, policy, limit in asked:
+    limits = {"lines 65536": 0.02, "needle 65536": 0.02, "ruler 32768": 0.08}
+    for (task, limit), (policy, made) in itertools.product(limits.items(), MADE.items()):
         if both := compare(task, policy, harder):
             ours, full = both
             kind, size = task.split()
-            made = "card" if policy == CARD else "without calibration"
             goal = f"gated {made}, own {kind} at {int(size):,} tokens, harder reference"
             write(goal, minus, ours["accuracy"] - full["accuracy"], -0.01, ours, full)
             write(goal, "density", ours["density"], limit, ours, full)
@@ -238,7 +249,9 @@ def main() -> None:
     parser.add_argument(
         "--cards", type=Path, nargs="*", help="default: MODEL-gated, if it is there"
     )
-    parser.add_argument("--keep", action="store_true", help="also with decode=keep")
+    parser.add_argument(
+        "--decode", nargs="+", default=[], choices=("keep", "full"), help="also with this decoding"
+    )
     parser.add_argument("--policies", nargs="+", metavar="SPEC", help="these, and no gated ones")
     parser.add_argument(
         "--no-full", action="store_true", help="full attention is known: keep its rows"
@@ -278,8 +291,8 @@ def main() -> None:
     if options.cards is None:
         beside = options.model.with_name(f"{options.model.name}-gated")
         options.cards = [beside] if beside.is_dir() else []
-    if options.policies and (options.keep or given):
-        parser.error("--policies: expected neither --keep nor --cards beside it, received one")
+    if options.policies and (options.decode or given):
+        parser.error("--policies: expected neither --decode nor --cards beside it, received one")
     from dynmask.policies import parse
 
     try:  # a name that is none fails before the work

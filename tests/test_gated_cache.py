@@ -630,7 +630,7 @@ def test_keep_needs_a_cache_that_remembers():
     ):
         generate(model, ids, mask)
     for text in ("gated:decode=all", "gated:window=3,decode="):
-        with pytest.raises(ValueError, match="'select' or 'keep'"):
+        with pytest.raises(ValueError, match="'select', 'keep' or 'full'"):
             parse(text)
 
 
@@ -727,7 +727,7 @@ def test_a_card_may_be_asked_to_keep(tmp_path):
     assert policy.decode == card.policy(decode="keep").decode == "keep"
     assert parse(f"gated:{tmp_path / 'card'}").decode == card.policy().decode == "select"
     assert policy_label(f"gated:{tmp_path / 'card'},decode=keep") == "gated:card,decode=keep"
-    with pytest.raises(ValueError, match="'select' or 'keep'"):
+    with pytest.raises(ValueError, match="'select', 'keep' or 'full'"):
         parse(f"gated:{tmp_path / 'card'},decode=all")
     with sparsify(model, policy) as run:
         cache = GatedCache(run)

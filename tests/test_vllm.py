@@ -407,7 +407,7 @@ def engine(**over):
 @pytest.mark.parametrize(
     "policy, message",
     [
-        (Gated(decode="keep"), "'select' under vLLM"),
+        (Gated(decode="keep"), "'select' or 'full' under vLLM"),
         (SnapKV(), "several sequences at a time"),
         (Streaming, "one of dynmask.policies"),
     ],
