@@ -40,6 +40,11 @@ def whole_up_to(policy: Any, index: int, heads: int) -> float:
     return policy.retention(index).least if evicts(policy) else 0
 
 
+def _prompts_alone(policy: Any, phase: str) -> bool:
+    """Whether decoded tokens read every key, by the policy or by the ``phase`` of the settings."""
+    return phase == "prefill" or for_prompts_alone(policy)
+
+
 def decodes_whole(policy: Any, phase: str) -> bool:
     """Whether every decoded token reads every key, and leaves nothing beside the cache.
 
@@ -49,7 +54,7 @@ def decodes_whole(policy: Any, phase: str) -> bool:
         policy: what decides.
         phase: of the settings, "both" or "prefill".
     """
-    whole = isinstance(policy, Causal) or phase == "prefill" or for_prompts_alone(policy)
+    whole = isinstance(policy, Causal) or _prompts_alone(policy, phase)
     return whole and not evicts(policy)
 
 
@@ -59,9 +64,8 @@ def reads_all(policy: Any, request: Request, whole: float, phase: str = "both") 
     ``whole`` is that of :func:`whole_up_to`, which a layer asks once; ``phase`` that of the
     settings.
     """
-    alone = phase == "prefill" or for_prompts_alone(policy)
-    prompts_alone = request.phase == "decode" and alone
-    return prompts_alone or request.keys <= whole
+    decodes = request.phase == "decode" and _prompts_alone(policy, phase)
+    return decodes or request.keys <= whole
 
 
 class PagedLayer:
@@ -99,6 +103,7 @@ class PagedLayer:
         self.scale, self.window, self.s_aux, self.impl = scale, window, s_aux, impl
         self._unrotate = unrotate
         self._whole = whole_up_to(policy, index, heads)
+        self._prompts_alone = _prompts_alone(policy, phase)
         self._by_score = chooses(policy, index) and window is None
         self._scores: Scores | None = None
 
@@ -169,9 +174,8 @@ class PagedLayer:
     ) -> tuple[Mask, Tensor | None]:
         """What the policy answers for one request, or nobody where every key is read."""
         scores = None
-        policy = self.policy
-        if request.phase == "decode" and self.phase == "prefill":
-            policy = EVERY_KEY
+        decodes = request.phase == "decode" and self._prompts_alone
+        policy = EVERY_KEY if decodes else self.policy
         if self._scores is not None:
             scores = self._scores.read(batch.table[request.number], request.keys)
         layer = Layer(self.index, self._first(request))
@@ -183,8 +187,7 @@ class PagedLayer:
     ) -> None:
         """One token of each request, all in one call that reads the pages as they lie."""
         biased: list[Request] = []
-        prompts_alone = self.phase == "prefill" or for_prompts_alone(self.policy)
-        shared = prompts_alone or isinstance(self.policy, SAME_IN_ALL_LAYERS)
+        shared = self._prompts_alone or isinstance(self.policy, SAME_IN_ALL_LAYERS)
         name = ("decode", pages.step, pages.size, self.window)
         plan = batch.memo.get(name) if shared else None
         if plan is None:
@@ -218,8 +221,8 @@ class PagedLayer:
     def _to_look_at(self, pages: Pages, batch: Batch, request: Request) -> tuple[Tensor, Tensor]:
         """Keys and values to choose by; a shape alone where nobody looks."""
         first, heads = self._first(request), self.kv_heads
-        prompts_alone = self.phase == "prefill" or for_prompts_alone(self.policy)
-        if prompts_alone or self._by_score or isinstance(self.policy, LOOKS_AT_NOTHING):
+        nobody = self._prompts_alone or isinstance(self.policy, LOOKS_AT_NOTHING)
+        if nobody or self._by_score:
             nothing = pages.cache.new_empty(1).expand(1, heads, request.keys - first, self.head_dim)
             return nothing, nothing
         return pages.gather(batch.table[request.number], first, request.keys)
