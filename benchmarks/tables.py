@@ -261,7 +261,7 @@ def vllm() -> str:
         rates = ", ".join(f"{x:.0f}" for x in r["tokens_per_s_all"])
         ratio = own[r["keys"]]["first_s"] / r["first_s"] if r["keys"] in own else None
         times = "" if r["policy"] is None or ratio is None else f"{ratio:.2f}x"
-        name = "vLLM's own" if r["policy"] is None else f"{r['variant']} ({r['phase']})"
+        name = "vLLM's own" if r["policy"] is None else r["variant"]
         lines.append(f"| {r['keys']:,} | {name} | {r['first_s'] * 1e3:,.1f} ms | {times} | "
                      f"{rates} |")  # fmt: skip
     return "\n".join(lines)

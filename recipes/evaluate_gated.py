@@ -77,9 +77,9 @@ def decoding(label: str, decode: str) -> str:
 
 
 MADE = {
-    CARD: "card", decoding(CARD, "full"): "card, decode=full",
+    CARD: "card", decoding(CARD, "select"): "card, decode=select",
     ZERO_SHOT: "without calibration",
-    decoding(ZERO_SHOT, "full"): "without calibration, decode=full",
+    decoding(ZERO_SHOT, "select"): "without calibration, decode=select",
 }  # fmt: skip
 """What goals call the policies that they are about."""
 
@@ -250,7 +250,7 @@ def main() -> None:
         "--cards", type=Path, nargs="*", help="default: MODEL-gated, if it is there"
     )
     parser.add_argument(
-        "--decode", nargs="+", default=[], choices=("keep", "full"), help="also with this decoding"
+        "--decode", nargs="+", default=[], choices=("select", "keep"), help="decoding so as well"
     )
     parser.add_argument("--policies", nargs="+", metavar="SPEC", help="these, and no gated ones")
     parser.add_argument(

@@ -12,8 +12,8 @@ answer comes back; "tokens per second" counts those after it. ``flash`` is vLLM 
 FlashAttention; ``flash-whole`` the same without chunked prefill; ``gated`` the gates of the shipped
 card, spread over the shape's maps, which read all that their gates allow (random attention gives no
 key much, so the least worth is 0), prompts of up to 16,384 tokens whole, as ``dynmask serve`` does.
-It chooses for prompts alone: decoded tokens read every key, in CUDA graphs (``DYNMASK_PHASE``);
-``gated-both`` chooses for them too. ``streaming`` is sinks and a window of 4,096 keys, for both.
+It chooses for prompts alone: decoded tokens read every key, in CUDA graphs; ``gated-select``
+chooses for them too. ``streaming`` is sinks and a window of 4,096 keys, for both.
 Rows are written as soon as they are known; a case that fails says why and leaves the others alone.
 """
 
@@ -63,23 +63,21 @@ class Case:
         policy: its text form, with CARD for the card and SHORT for the tokens of what is read
             whole; None for vLLM's own attention.
         whole: whether prompts are read in one piece.
-        phase: of the plugin: "prefill", or "both" to choose for decoded tokens too.
     """
 
     name: str
     policy: str | None
     whole: bool
-    phase: str = "both"
 
 
 CASES = {
     case.name: case
     for case in (
-        Case("gated", "gated:CARD,dense_up_to=SHORT", True, "prefill"),
+        Case("gated", "gated:CARD,dense_up_to=SHORT", True),
         Case("flash", None, False),
         Case("flash-whole", None, True),
         Case("streaming", "streaming:sinks=64,window=4032", False),
-        Case("gated-both", "gated:CARD,dense_up_to=SHORT", True),
+        Case("gated-select", "gated:CARD,dense_up_to=SHORT,decode=select", True),
     )
 }
 
@@ -215,7 +213,6 @@ def run(
         environment.pop(name, None)
     if policy is not None:
         environment["DYNMASK_POLICY"] = policy.replace("CARD", str(card))
-        environment["DYNMASK_PHASE"] = case.phase
     if asked["cpu"]:
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     command = [sys.executable, __file__, "--engine", str(question)]
@@ -231,7 +228,6 @@ def run(
         for line in process.stdout:
             if line.startswith(MARK):
                 row = {"case": shape.name, "variant": case.name, "policy": policy}
-                row["phase"] = None if policy is None else case.phase
                 keep({**row, **json.loads(line.removeprefix(MARK)), **here}, out)
             tail = [*tail[-80:], line]
         code = process.wait()

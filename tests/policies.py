@@ -42,7 +42,7 @@ POLICIES = {
     "quest": Quest(budget=12, page=4, dense_layers=0),
     "h2o": H2O(width=16, block=5),
     "snapkv": SnapKV(width=14, last=6, pool=3),
-    "gated": Gated(sinks=2, window=5, columns=6, last=7, pool=3),
+    "gated": Gated(sinks=2, window=5, columns=6, last=7, pool=3, decode="select"),
     "oracle_tokens": OracleTokens(top_k=5),
     "oracle_blocks": OracleBlocks(top_k=3, top_p=0.9, block=8),
     "retained": Retained(score_modules(), width=13, window=5, sinks=2),

@@ -14,7 +14,9 @@ from dynmask.policies.base import grid_of
 from dynmask.policies.gates import Gates
 from tests.policies import POLICIES
 
-BLOCKS = Gated(sinks=2, window=5, columns=0, blocks=2, block=8, query_pool=2, key_pool=4)
+BLOCKS = Gated(
+    sinks=2, window=5, columns=0, blocks=2, block=8, query_pool=2, key_pool=4, decode="select"
+)
 EVERY = POLICIES | {"gated (blocks)": BLOCKS}
 N = 120
 

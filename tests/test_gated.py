@@ -388,7 +388,7 @@ def test_soft_masks_act_in_a_model_and_padded_batches_are_each_sequence_alone():
 def test_soft_masks_of_blocks_or_kept_columns_are_refused():
     with pytest.raises(ValueError, match="soft: expected maps that choose columns"):
         Gated(gates=MIXED, soft=True)
-    with pytest.raises(ValueError, match="soft: expected decode='select'"):
+    with pytest.raises(ValueError, match="soft: expected decode='full' or 'select'"):
         Gated(decode="keep", soft=True)
     with pytest.raises(ValueError, match="strength finite and >= 0"):
         Gated(strength=-1)

@@ -162,7 +162,7 @@ def test_maps_that_choose_blocks_choose_anew_where_others_keep_their_choice(mode
     window = torch.tensor([[3, 7, 4, 9], [5, 2, 9, 6], [INF, 1, 8, 8], [6, 6, 3, 3]]).int()
     blocks = torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [0, 2, 0, 0], [1, 1, 1, 1]]).int()
     gates = Gates(window, torch.zeros_like(window), torch.zeros(4, 4), blocks)
-    policy = Gated(sinks=1, gates=gates, block=4, query_pool=2, key_pool=2)
+    policy = Gated(sinks=1, gates=gates, block=4, query_pool=2, key_pool=2, decode="select")
     with sparsify(model, policy):
         expected, logits = generate(model, ids, mask, new=12)
     with sparsify(model, replace(policy, decode="keep")) as run:
@@ -603,11 +603,11 @@ def test_runs_that_cannot_serve_it():
     with pytest.raises(ValueError, match="the run that sparsify returned"):
         GatedCache(model)
     with (
-        sparsify(model, Gated(window=8, columns=4)) as run,
+        sparsify(model, Gated(window=8, columns=4, decode="select")) as run,
         pytest.raises(ValueError, match="keys unread for good.*decode='keep'"),
     ):
         GatedCache(run)
-    with sparsify(model, Gated(window=8, columns=0)) as run:
+    with sparsify(model, Gated(window=8, columns=0, decode="select")) as run:
         for bad in (-1, 2.0, True):
             with pytest.raises(ValueError, match="prompt: expected a whole number"):
                 GatedCache(run, prompt=bad)
@@ -615,7 +615,7 @@ def test_runs_that_cannot_serve_it():
             dynmask.BoundedCache(run)
     mistral = TINY["mistral"]()  # every layer has a window of its own
     with (
-        sparsify(mistral, Gated(window=8, columns=0)) as run,
+        sparsify(mistral, Gated(window=8, columns=0, decode="select")) as run,
         pytest.raises(ValueError, match="sliding windows"),
     ):
         GatedCache(run)
@@ -626,11 +626,11 @@ def test_keep_needs_a_cache_that_remembers():
     model, (ids, mask) = tiny_llama(), prompt()
     with (
         sparsify(model, policy_of(2, "keep")),
-        pytest.raises(ValueError, match="GatedCache.*decode='select'"),
+        pytest.raises(ValueError, match="GatedCache.*decode='full'"),
     ):
         generate(model, ids, mask)
     for text in ("gated:decode=all", "gated:window=3,decode="):
-        with pytest.raises(ValueError, match="'select', 'keep' or 'full'"):
+        with pytest.raises(ValueError, match="'full', 'select' or 'keep'"):
             parse(text)
 
 
@@ -725,9 +725,9 @@ def test_a_card_may_be_asked_to_keep(tmp_path):
     card.save_pretrained(tmp_path / "card")
     policy: Any = parse(f"gated:{tmp_path / 'card'},decode=keep")
     assert policy.decode == card.policy(decode="keep").decode == "keep"
-    assert parse(f"gated:{tmp_path / 'card'}").decode == card.policy().decode == "select"
+    assert parse(f"gated:{tmp_path / 'card'}").decode == card.policy().decode == "full"
     assert policy_label(f"gated:{tmp_path / 'card'},decode=keep") == "gated:card,decode=keep"
-    with pytest.raises(ValueError, match="'select', 'keep' or 'full'"):
+    with pytest.raises(ValueError, match="'full', 'select' or 'keep'"):
         parse(f"gated:{tmp_path / 'card'},decode=all")
     with sparsify(model, policy) as run:
         cache = GatedCache(run)
@@ -763,6 +763,6 @@ def test_full_chooses_for_prompts_alone():
 
 
 def test_full_is_an_option_of_the_text_form():
-    assert parse("gated:decode=full") == Gated(decode="full")
+    assert parse("gated:decode=full") == Gated(decode="full") == parse("gated")
     with pytest.raises(ValueError, match="gated"):
         parse("gated:decode=fully")

@@ -51,6 +51,7 @@ def policy_of(layers=4, trained=False, dim=16, **over):
             torch.nn.init.normal_(encoder.of_key, std=0.3)
         encoders = (None, *made[1:])
     given = {"sinks": 2, "least": 1e-3, "last": 5, "gates": gates, "encoders": encoders}
+    given["decode"] = "select"
     return Gated(**(given | SIZES | over))
 
 
@@ -387,7 +388,8 @@ def test_what_offloading_cannot_help_is_refused():
 def test_the_command_offloads_and_says_where_bytes_are(tmp_path, capsys):
     model = str(save_stand_in(tmp_path / "model"))
     asked = ["generate", "--model", model, "--prompt", "a b c " * 60, "--max-new-tokens", "4"]
-    policy = ["--policy", "gated:columns=0,blocks=2,block=8,query_pool=4,key_pool=4,window=9"]
+    blocks = "columns=0,blocks=2,block=8,query_pool=4,key_pool=4,window=9"
+    policy = ["--policy", f"gated:{blocks},decode=select"]
     results = []
     for more in ([], ["--offload"], ["--offload", "--chunk", "64"]):
         assert cli.main([*asked, *policy, *more, "--json", "--quiet"]) == 0
@@ -408,8 +410,12 @@ def test_the_command_offloads_and_says_where_bytes_are(tmp_path, capsys):
 def test_the_command_refuses_offloading_where_it_is_no_use(tmp_path, capsys, monkeypatch):
     model = str(save_stand_in(tmp_path / "model"))
     asked = ["generate", "--model", model, "--prompt", "a b c", "--offload", "--policy"]
-    assert cli.main([*asked, "gated:window=4"]) == 2
-    assert "Leave offload out" in capsys.readouterr().err
+    for policy, remedy in (
+        ("window=4", "leave this cache and its offload out"),
+        ("window=4,decode=select", "Leave offload out"),
+    ):
+        assert cli.main([*asked, f"gated:{policy}"]) == 2
+        assert remedy in capsys.readouterr().err
     monkeypatch.setattr("dynmask.cli.generate.load", lambda *_: pytest.fail("loaded a model"))
     for policy in ("full", "streaming"):
         assert cli.main([*asked, policy]) == 2

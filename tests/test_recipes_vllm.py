@@ -78,7 +78,6 @@ PRINT = """import json, os
 print("noise")
 for keys in (64, 128):
     row = {"keys": keys, "first_s": 1, "tokens_per_s": 2, "asked": os.environ.get("DYNMASK_POLICY")}
-    row["asked_phase"] = os.environ.get("DYNMASK_PHASE")
     print("row: " + json.dumps(row), flush=True)
 """
 
@@ -88,10 +87,8 @@ def test_rows_are_kept_as_they_come_even_of_an_engine_that_fails(tmp_path, monke
     assert done and [r["keys"] for r in rows] == [64, 128]
     assert rows[0]["asked"] == f"gated:{tmp_path / 'card'},dense_up_to=7"
     assert rows[0]["policy"] == "gated:CARD,dense_up_to=7" and rows[0]["commit"] == "c"
-    assert rows[0]["phase"] == rows[0]["asked_phase"] == "prefill"
     done, rows = run(tmp_path, monkeypatch, PRINT + "raise ValueError('broken')", case="flash")
     assert not done and len(rows) == 4 and rows[-1]["asked"] is None
-    assert rows[-1]["phase"] is rows[-1]["asked_phase"] is None
     assert "FAILED" in capsys.readouterr().out
     assert len(run(tmp_path, monkeypatch, PRINT)[1]) == 4  # a row takes the place of its own
 

@@ -154,7 +154,7 @@ def test_a_card_of_other_weights_is_refused(here, become, capsys, tmp_path):
     [
         (["--policy", "nonsense"], "expected one of"),
         (["--policy", "snapkv"], "several sequences at a time"),
-        (["--policy", "gated:decode=keep"], "'select' or 'full' under vLLM"),
+        (["--policy", "gated:decode=keep"], "'full' or 'select' under vLLM"),
         (["--policy", "streaming", "--dense-up-to", "9"], "beside --card"),
     ],
 )

@@ -138,9 +138,10 @@ def test_windows_and_sinks_of_the_model_are_honoured(name, window):
 @pytest.mark.parametrize(
     "policy",
     [
-        Gated(columns=0, blocks=2, block=8, window=9),
-        Gated(columns=6, window=5, last=7, soft=True),
-        Gated(columns=6, window=5, dense_up_to=75),
+        Gated(columns=0, blocks=2, block=8, window=9, decode="select"),
+        Gated(columns=6, window=5, last=7, soft=True, decode="select"),
+        Gated(columns=6, window=5, dense_up_to=75, decode="select"),
+        Gated(columns=6, window=5, last=7),
     ],
 )
 def test_blocks_soft_columns_and_dense_inputs(policy):
@@ -407,7 +408,7 @@ def engine(**over):
 @pytest.mark.parametrize(
     "policy, message",
     [
-        (Gated(decode="keep"), "'select' or 'full' under vLLM"),
+        (Gated(decode="keep"), "'full' or 'select' under vLLM"),
         (SnapKV(), "several sequences at a time"),
         (Streaming, "one of dynmask.policies"),
     ],

@@ -187,7 +187,7 @@ def test_tensor_parallel_ranks_share_a_card(tmp_path, card):
     [
         ({"DYNMASK_CARD": str(GATED_CARD)}, "mask card: expected the model that it was calibrated"),
         ({"DYNMASK_CARD": "/nowhere"}, "expected"),
-        ({"DYNMASK_POLICY": "gated:decode=keep"}, "decode: expected 'select' or 'full' under vLLM"),
+        ({"DYNMASK_POLICY": "gated:decode=keep"}, "decode: expected 'full' or 'select' under vLLM"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_the_first_token(tiny, tmp_path, own, message):

@@ -208,7 +208,7 @@ def settings_of(header: dict[str, Any]) -> GatedSettings:
 
 def gated_of(
     card: MaskCard,
-    decode: Literal["select", "keep", "full"] = "select",
+    decode: Literal["full", "select", "keep"] = "full",
     dense_up_to: int = 0,
     **options: Any,
 ) -> Gated:

@@ -42,7 +42,8 @@ examples:
 
 Under streaming and retained the cache holds no more keys than a query reads, and the
 prompt goes in a few thousand tokens at a time. Under gated it drops, after the prompt,
-what no later token reads; with decode=keep that is all but the chosen keys and a window.
+what no later token reads: nothing, as decoded tokens read every key, unless decode=select
+leaves some unread; with decode=keep all but the chosen keys and a window.
 A long prompt is read in chunks (--chunk), with a bar; a line says whether the policy then
 reads what it would in the whole prompt. A file is read and tokenized a part at a time.
 Ctrl-C ends with what was generated so far.

@@ -390,7 +390,7 @@ def _check_gains(policy: Gated, plans: list[LayerPlan], heads: int, offload: boo
         raise bad(
             "GatedCache", "a policy that leaves keys unread while tokens are decoded",
             "decode='full', which reads them all",
-            "Leave the cache to generate(), or use another decode.",
+            "Use decode='keep' or 'select', or leave this cache and its offload out.",
         )  # fmt: skip
     if offload and not any(len(plan.hosted) for plan in plans):
         raise bad(

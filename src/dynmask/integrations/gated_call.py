@@ -369,7 +369,7 @@ def _chosen(mask: Mask, heads: Heads, windows: Tensor, own: Tensor) -> Tensor:
     if not isinstance(mask, LifetimeMask):
         raise bad(
             "GatedCache", "lifetimes, which decode='keep' remembers", type(mask).__name__,
-            "Use decode='select'.",
+            "Use decode='full'.",
         )  # fmt: skip
     if mask.plain:  # all keys are in the windows, or the guard has made every map dense
         return torch.where(windows >= mask.keys, own, INF)

@@ -90,13 +90,13 @@ class Gated:
             is widened for the call (:mod:`dynmask.policies.guard`); None never looks.
         promise: kept attention that each map is to have, [layers, heads], as a card measured it;
             what ``guard`` needs.
-        decode: what columns are while tokens are decoded. "select" chooses them anew from all
-            keys for every token. "keep" leaves those that the prompt's last queries chose, so
-            that a ``dynmask.GatedCache``, which it needs, can drop the other keys. Blocks are
-            chosen anew in any case. As what follows a key that is found is asked for later, the
-            choice of "keep" takes its neighbours along: ``pool`` is at least ``KEPT_POOL``.
-            "full" chooses for prompts alone, and a decoded token reads every key: one token's
-            choice is made by one query, and may lose what the prompt's 256 found.
+        decode: what a decoded token reads. "full" chooses for prompts alone, and a decoded token
+            reads every key: one token's choice is made by one query, and may lose what the
+            prompt's 256 found. "select" chooses columns anew from all keys for every token.
+            "keep" leaves those that the prompt's last queries chose, so that a
+            ``dynmask.GatedCache``, which it needs, can drop the other keys. Under both, blocks
+            are chosen anew. As what follows a key that is found is asked for later, the choice of
+            "keep" takes its neighbours along: ``pool`` is at least ``KEPT_POOL``.
         dense_up_to: inputs of so many keys are read whole, for choosing among few costs a GPU
             more than it saves (``docs/generator.md``). No cache drops keys then.
         card: the MaskCard that the gates come from; other models than its own are refused.
@@ -119,7 +119,7 @@ class Gated:
     encoders: tuple[BlockEncoder | None, ...] | None = field(default=None, compare=False)
     soft: bool = False
     strength: float = 1.0
-    decode: Literal["select", "keep", "full"] = "select"
+    decode: Literal["full", "select", "keep"] = "full"
     dense_up_to: int = 0
     card: Any = field(default=None, compare=False, repr=False)
 
@@ -136,8 +136,8 @@ class Gated:
         odd = 1 <= self.pool <= MOST_POOL and self.pool % 2 == 1
         check_field(self.name, "pool", self.pool, odd, f"odd and from 1 to {MOST_POOL}")
         self._check_blocks()
-        if self.decode not in ("select", "keep", "full"):
-            raise bad("gated: decode", "'select', 'keep' or 'full'", repr(self.decode))
+        if self.decode not in ("full", "select", "keep"):
+            raise bad("gated: decode", "'full', 'select' or 'keep'", repr(self.decode))
         self._check_kinds()
         if self.guard is not None:
             check_field(self.name, "guard", self.guard, 0 <= self.guard <= 1, "in [0, 1]")
@@ -180,7 +180,7 @@ class Gated:
             )  # fmt: skip
         if self.soft and self.decode == "keep":
             raise bad(
-                "gated: soft", "decode='select', where each token weighs its columns", "'keep'",
+                "gated: soft", "decode='full' or 'select', which remember no columns", "'keep'",
                 "Leave one of the two out.",
             )  # fmt: skip
 
@@ -222,7 +222,7 @@ class Gated:
                 "gated: decode",
                 "a cache that knows what the prompt chose",
                 "a decoded token with 'keep' and another cache",
-                "Pass past_key_values=dynmask.GatedCache(run), or use decode='select'.",
+                "Pass past_key_values=dynmask.GatedCache(run), or use decode='full'.",
             )
         if key.shape[2] <= self.dense_up_to:
             return LifetimeMask.causal(key.shape[2], query.shape[2], device=key.device), None

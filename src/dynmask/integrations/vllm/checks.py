@@ -42,7 +42,7 @@ def check_policy(policy: Any, config: Any, card_model: dict[str, Any] | None = N
         raise bad("policy", "one of dynmask.policies", repr(policy))
     if isinstance(policy, Gated) and policy.decode == "keep":
         raise bad(
-            "gated: decode", "'select' or 'full' under vLLM, whose cache drops no single keys",
+            "gated: decode", "'full' or 'select' under vLLM, whose cache drops no single keys",
             "'keep'",
             "Leave decode=keep out.",
         )  # fmt: skip
