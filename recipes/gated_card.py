@@ -55,14 +55,15 @@ def writers(author: Author, recall: bool = False) -> list[Write]:
 def documents(
     author: Author, lengths: list[int], count: int, seed: int, beside: int = 0,
     recall: bool = False,
-) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """Return documents of each length, their kinds in turn, and their judged positions.
+) -> tuple[list[Tensor], list[Tensor], list[int]]:  # fmt: skip
+    """Return documents of each length, kinds in turn, judged positions, and how much is answer.
 
     A document ends before the last token of its last answer. Judged are the tokens of that answer
     and ``beside`` of those before it.
     """
     found: list[Tensor] = []
     judged: list[Tensor] = []
+    decoded: list[int] = []
     kinds = writers(author, recall)
     for length in lengths:
         for index in range(count):
@@ -79,7 +80,8 @@ def documents(
             found.append(torch.tensor(author.ids[: stop - 1]))
             some = rng.sample(range(max(begin - 1 - LATE, 0), begin - 1), beside)
             judged.append(torch.tensor([*sorted(some), *range(begin - 1, stop - 1)]))
-    return found, judged
+            decoded.append(stop - 1 - begin)
+    return found, judged, decoded
 
 
 def answers(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -115,7 +117,8 @@ def settings_of(options: argparse.Namespace, allowed: float) -> Any:
         raise ValueError(f"--least-window: expected 0 to {most}, received {options.least_window}")
     budgets = tuple(budget for budget in offered if budget.window >= options.least_window)
     return GatedSettings(
-        max_kl=allowed, least=options.least, pool=options.pool, encoder=options.encoder,
+        max_kl=allowed, density=options.density, least=options.least, pool=options.pool,
+        encoder=options.encoder,
         budgets=budgets[-2:] if options.smoke else budgets,
     )  # fmt: skip
 
@@ -128,6 +131,9 @@ def main() -> None:
     parser.add_argument("--harder", action="store_true", help="the harder reference, see above")
     parser.add_argument("--text", type=Path, help="prepared by train_harder.py --prepare")
     parser.add_argument("--max-kl", type=float, nargs="+", help="default: 0.002; 0.045")
+    parser.add_argument(
+        "--density", type=float, help="of the longest documents, at most; by the least divergence"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 4096 16384; 8192 32768")
     parser.add_argument("--documents", type=int, help="of each length (default: 6; 7)")
     parser.add_argument("--beside", type=int, default=0, help="judged tokens before the answer")
@@ -178,7 +184,7 @@ def main() -> None:
     model = model.to(options.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     author = author_of(options, tokenizer)
-    texts, judged = documents(
+    texts, judged, decoded = documents(
         author, options.lengths, options.documents, options.seed, options.beside, options.recall
     )
     for allowed, settings in zip(options.max_kl, asked, strict=True):
@@ -189,8 +195,9 @@ def main() -> None:
         journal = out / "trials.json"
         started = time.perf_counter()
         card = calibrate_gates(
-            model, texts, settings, seed=options.seed, judged=judged, checkpoint=journal
-        )
+            model, texts, settings, seed=options.seed, judged=judged, decoded=decoded,
+            checkpoint=journal,
+        )  # fmt: skip
         card.save_pretrained(out)
         journal.unlink()
         report(card, time.perf_counter() - started, out)

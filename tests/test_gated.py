@@ -658,7 +658,8 @@ def test_a_trial_ends_at_the_first_document_that_refuses(model, sparse):
     judge.prepare()
     asked = []
     predict = judge._predict
-    judge._predict = lambda document, *rest: asked.append(len(document)) or predict(document, *rest)
+    sizes = [90, 120, 60]
+    judge._predict = lambda index, *rest: asked.append(sizes[index]) or predict(index, *rest)
     gates = sparse.policy().gates
     whole = judge.cost(gates)
     assert sorted(asked) == [60, 90, 120] and whole > 0
@@ -940,6 +941,37 @@ def test_judged_tokens_can_be_given(model):
     for bad in (rows[:1], [rows[0], torch.tensor([120])], [rows[0], torch.tensor([1.0])]):
         with pytest.raises(ValueError, match="judged"):
             calibrate_gates(model, documents(90, 120), SETTINGS, judged=bad, progress=False)
+
+
+@torch.no_grad()
+def test_answers_are_judged_as_they_are_decoded(model):
+    """A prompt under the gates, then one token after another, which reads every key."""
+    texts, answer = documents(90, 120), [1, 7]
+    rows = [torch.tensor([88, 89]), torch.tensor([119, 5, 112, 115])]
+    gates = Gates.full(2, 4).replaced(torch.ones(2, 4, dtype=torch.bool), window=3, columns=2)
+    judge = Judge(model, texts, SETTINGS, 0, rows, answer)
+    judge.prepare()
+    policy = judge.policy(gates)
+    means = []
+    for text, own, count in zip(texts, rows, answer, strict=True):
+        with dynmask.sparsify(model, policy):
+            read = model(text[None, :-count], use_cache=True)
+            parts = [read.logits]
+            for token in text[-count:]:
+                parts.append(model(token.view(1, 1), past_key_values=read.past_key_values).logits)
+        both = torch.cat(parts, 1), model(text[None]).logits
+        found, full = (x[0, own].log_softmax(-1) for x in both)
+        means.append(float((full.exp() * (full - found)).sum(-1).mean()))
+    assert judge.cost(gates) == pytest.approx(max(means), rel=1e-3)
+    whole = Judge(model, texts, SETTINGS, 0, rows)
+    whole.prepare()
+    assert whole.cost(gates) != pytest.approx(max(means), rel=1e-2)
+    given = {"judged": rows, "progress": False}
+    card = calibrate_gates(model, texts, SETTINGS, decoded=answer, **given)
+    assert judge.cost(card.policy().gates) == pytest.approx(card.header["kl"], abs=1e-6)
+    for bad in ([1], [1, 120], [1, -1], [1, 1.0], [1, True]):
+        with pytest.raises(ValueError, match="decoded"):
+            calibrate_gates(model, texts, SETTINGS, decoded=bad, **given)
 
 
 # ------------------------------------------------------------------------------- the command line

@@ -462,14 +462,15 @@ def test_a_card_is_judged_where_answers_are_told(corpus, harder):
     author = HarderAuthor(corpus, mix, 0.25) if harder else gated_card.Author(corpus)
     kinds = len(gated_card.writers(author))
     assert kinds == (7 if harder else 2) and len(gated_card.writers(author, recall=True)) == 2
-    texts, judged = gated_card.documents(author, [500, 900], kinds, 3, beside=7)
-    again, _ = gated_card.documents(author, [500, 900], kinds, 3, beside=7)
+    texts, judged, decoded = gated_card.documents(author, [500, 900], kinds, 3, beside=7)
+    again, *_ = gated_card.documents(author, [500, 900], kinds, 3, beside=7)
     assert len(texts) == 2 * kinds and all(map(torch.equal, texts, again))
     for number, (text, rows) in enumerate(zip(texts, judged, strict=True)):
         assert len(text) < (500 if number < kinds else 900)
         assert rows.tolist() == sorted(set(rows.tolist())) and rows[-1] == len(text) - 1
         told = rows[7:]  # one run, up to the end
         assert told.tolist() == list(range(int(told[0]), len(text)))
+        assert decoded[number] == len(told) - 1  # its first token is the prompt's to predict
         before = int(told[0])
         assert before - gated_card.LATE <= int(rows[0]) and int(rows[6]) < before
     begin, stop = gated_card.answers(author.spans)[-1]  # of the last document
@@ -487,7 +488,7 @@ def test_a_text_that_is_full_before_its_first_question_is_written_again(corpus, 
         return answers(spans) if len(asked) > 1 else []
 
     monkeypatch.setattr(gated_card, "answers", first_without)
-    texts, _ = gated_card.documents(author, [500], 1, 3)
+    texts, *_ = gated_card.documents(author, [500], 1, 3)
     assert len(asked) == 2 and len(texts) == 1
 
 
@@ -498,6 +499,7 @@ REFUSED_CARDS = {
     "--max-kl": "--max-kl 0.02 0.02",
     "--least-window: expected 0 to 4096": "--least-window 5000",
     "settings.max_kl": "--max-kl -1",
+    "settings.density": "--density 2",
     "settings.encoder": "--encoder --least-window 600",
     "pool": "--pool 2",
 }

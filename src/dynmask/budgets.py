@@ -92,6 +92,7 @@ def calibrate_gates(
     *,
     seed: int = 0,
     judged: Sequence[Tensor] | None = None,
+    decoded: Sequence[int] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> MaskCard:
@@ -107,6 +108,9 @@ def calibrate_gates(
         seed: chooses the judged tokens.
         judged: the positions of each document whose predictions are judged, int64, in place of
             the settings' choice: where an answer begins, say.
+        decoded: tokens at the end of each document that come after its prompt: of an answer all
+            but the last, which nobody reads. The gates are for prompts, so these read every key,
+            as they do when they are decoded. None at all by default.
         checkpoint: a file of what was measured, written as it comes and read when it is there, so
             that an interrupted calibration goes on. Beside it, under the same name with
             ``.encoder``, lies the state of an encoder's training.
@@ -141,6 +145,7 @@ def calibrate_gates(
                 f"documents[{index}]", f"at most the model's {positions} positions", len(document)
             )
     _check_judged(judged, documents)
+    _check_decoded(decoded, documents)
     check_model(model)
     description = describe_model(model)
     layers, heads = description["layers"], description["heads"]
@@ -150,8 +155,9 @@ def calibrate_gates(
         "model": description["fingerprint"],
         "data": token_digest(documents),
         "judged": None if judged is None else token_digest(judged),
+        **({} if decoded is None else {"decoded": [int(count) for count in decoded]}),
     }
-    judge = Judge(model, documents, settings, seed, judged)
+    judge = Judge(model, documents, settings, seed, judged, decoded)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         judge.known, judge.above = _known(path, identity)
@@ -219,6 +225,19 @@ def _check_judged(judged: Sequence[Tensor] | None, documents: Sequence[Tensor]) 
         if not good or not len(rows) or rows.min() < 0 or rows.max() >= len(document):
             raise bad(
                 f"judged[{index}]", f"int64 positions of {len(document)} tokens", repr(rows)[:80]
+            )
+
+
+def _check_decoded(decoded: Sequence[int] | None, documents: Sequence[Tensor]) -> None:
+    """Raise ValueError unless every document has a prompt before what was decoded."""
+    if decoded is None:
+        return
+    if len(decoded) != len(documents):
+        raise bad("decoded", f"a number for each of {len(documents)} documents", len(decoded))
+    for index, (count, document) in enumerate(zip(decoded, documents, strict=True)):
+        if type(count) is not int or not 0 <= count < len(document):
+            raise bad(
+                f"decoded[{index}]", f"a whole number below its {len(document)} tokens", repr(count)
             )
 
 

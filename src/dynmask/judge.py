@@ -6,6 +6,7 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -32,14 +33,18 @@ class Judge:
         settings: GatedSettings,
         seed: int,
         judged: Sequence[Tensor] | None = None,
+        decoded: Sequence[int] | None = None,
     ) -> None:
         self.model, self.settings = model, settings
         self.documents = [document.long() for document in documents]
         self.device = next(model.get_input_embeddings().parameters()).device
         self.rows = [
-            self._judged(len(d), random.Random(f"{seed}/{i}")) if judged is None else judged[i]
+            self._judged(len(d), random.Random(f"{seed}/{i}"))
+            if judged is None
+            else judged[i].sort().values
             for i, d in enumerate(self.documents)
         ]
+        self.decoded = [0] * len(self.documents) if decoded is None else list(decoded)
         self.encoders: tuple[BlockEncoder | None, ...] | None = None
         self.known: dict[str, float] = {}
         self.above: dict[str, float] = {}
@@ -62,8 +67,8 @@ class Judge:
     def prepare(self) -> None:
         """Run the full model once on every document; ValueError where it predicts nothing."""
         self.full = []
-        for index, (document, rows) in enumerate(zip(self.documents, self.rows, strict=True)):
-            self.full.append(self._predict(document, rows, None))
+        for index in range(len(self.documents)):
+            self.full.append(self._predict(index, None))
             if bool(self.full[-1].isnan().any()):
                 raise bad(
                     "model", "predictions that are numbers",
@@ -88,9 +93,8 @@ class Judge:
         """Divergence of a policy, measured; of one above ``most``, what showed it."""
         worst = 0.0
         for index in self._order():
-            rows = self.rows[index]
-            found = self._predict(self.documents[index], rows, policy)
-            mean = float(_divergence(found, self.full[index])) / len(rows)
+            found = self._predict(index, policy)
+            mean = float(_divergence(found, self.full[index])) / len(found)
             worst = max(worst, math.inf if math.isnan(mean) else mean)
             if worst > most:
                 self.refusals[index] += 1
@@ -106,19 +110,33 @@ class Judge:
         return sorted(range(len(self.documents)), key=worth)
 
     @torch.no_grad()
-    def _predict(self, document: Tensor, rows: Tensor, policy: Any) -> Tensor:
-        """Log-probabilities of what follows the judged tokens: float32 [rows, vocabulary]."""
-        from contextlib import nullcontext
+    def _predict(self, index: int, policy: Any) -> Tensor:
+        """Log-probabilities of what follows the judged tokens: float32 [rows, vocabulary].
 
+        The policy is asked about the prompt alone; what was decoded after it reads every key.
+        """
         from dynmask.integrations.transformers import sparsify
 
+        document, rows = self.documents[index], self.rows[index].to(self.device)
+        ids = document[None].to(self.device)
+        decoded = 0 if policy is None else self.decoded[index]
+        prompt = len(document) - decoded
         with nullcontext() if policy is None else sparsify(self.model, policy):
-            logits = self.model(
-                input_ids=document[None].to(self.device),
-                logits_to_keep=rows.to(self.device),
-                use_cache=False,
-            ).logits
-        return logits[0].float().log_softmax(-1)
+            read = self.model(
+                input_ids=ids[:, :prompt],
+                logits_to_keep=rows[rows < prompt],
+                use_cache=decoded > 0,
+            )
+        logits = [read.logits]
+        if decoded:
+            after = self.model(
+                input_ids=ids[:, prompt:],
+                past_key_values=read.past_key_values,
+                logits_to_keep=rows[rows >= prompt] - prompt,
+                use_cache=True,
+            )
+            logits.append(after.logits)
+        return torch.cat(logits, 1)[0].float().log_softmax(-1)
 
 
 def _divergence(found: Tensor, full: Tensor) -> Tensor:
