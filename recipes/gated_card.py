@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: beside the model, its name and -gated")
     parser.add_argument("--harder", action="store_true", help="the harder reference, see above")
     parser.add_argument("--text", type=Path, help="prepared by train_harder.py --prepare")
-    parser.add_argument("--max-kl", type=float, nargs="+", help="default: 0.002; 0.045")
+    parser.add_argument("--max-kl", type=float, nargs="+", help="default: 0.005; 0.02")
     parser.add_argument(
         "--density", type=float, help="of the longest documents, at most; by the least divergence"
     )
@@ -168,7 +168,7 @@ def main() -> None:
     options.out = options.out or options.model.with_name(f"{options.model.name}-gated")
     options.lengths = options.lengths or ([8_192, 32_768] if options.harder else [4_096, 16_384])
     options.documents = options.documents or (7 if options.harder else 6)
-    options.max_kl = options.max_kl or [0.045 if options.harder else 0.002]
+    options.max_kl = options.max_kl or [0.02 if options.harder else 0.005]
     if options.least_window is None:
         options.least_window = 512 if options.harder else 0
     if options.smoke:

@@ -103,8 +103,8 @@ class Gated:
     """
 
     sinks: int = 4
-    window: int = 128
-    columns: int = 1024
+    window: int = 256
+    columns: int = 768
     share: float = 0.0
     least: float = 1e-3
     last: int = 256
