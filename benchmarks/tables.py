@@ -282,7 +282,8 @@ def gated_tasks() -> str:
     for model in sorted({r["model"] for r in rows}):
         own = [r for r in rows if r["model"] == model]
         tasks = sorted({r["task"] for r in own}, key=lambda t: (t.split()[0], int(t.split()[1])))
-        policies = sorted({r["policy"] for r in own}, key=lambda p: (p != "full", p))
+        named = {r["policy"] for r in own}
+        policies = sorted(filter(_is_shown, named), key=lambda p: (p != "full", p))
         cells = [[_answered(own, task, policy) for task in tasks] for policy in policies]
         devices = sorted({"a CPU" if r["device"]["type"] == "cpu" else r["device"]["name"]
                           for r in own})  # fmt: skip
@@ -293,8 +294,17 @@ def gated_tasks() -> str:
             "|" + "---|" * (1 + len(tasks)),
             *(f"| {p} | {' | '.join(c)} |" for p, c in zip(policies, cells, strict=True)),
         ]
+        if len(policies) < len(named):
+            lines += ["", f"{len(named) - len(policies)} more settings that were tried: the file."]
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
+
+
+def _is_shown(policy: str) -> bool:
+    """Whether a policy stands in the table: no card of an earlier kind, no earlier decoding."""
+    kind = policy.removeprefix("gated (max_kl ").rstrip(")")
+    earlier = policy.startswith("gated (max_kl ") and not kind.replace(".", "").isdecimal()
+    return not earlier and not (policy.startswith("gated:") and "decode=" in policy)
 
 
 def _answered(rows: list[dict[str, Any]], task: str, policy: str) -> str:
