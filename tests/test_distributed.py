@@ -336,12 +336,13 @@ def decoded_cases(cases, models, policies, ids, forward):
 def tensor_cases(cases, folder):
     """tp_plan="auto": a policy's numbers of single heads are those of the rank's heads."""
     from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
 
     from dynmask.card import MaskCard, describe_model
 
     one: Any = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
     split: Any = AutoModelForCausalLM.from_pretrained(
-        f"{folder}/model", tp_plan="auto", dtype=torch.float32
+        f"{folder}/model", distributed_config=DistributedConfig(tp_plan="auto"), dtype=torch.float32
     )
     ids = torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1))
     ones = torch.ones_like(ids)
@@ -380,7 +381,7 @@ def tensor_cases(cases, folder):
                 assert own == pytest.approx(layer[at])
     with cases.case("tensor whole attention"), torch.no_grad():
         results = []
-        for more in ({}, {"tp_plan": "auto"}):
+        for more in ({}, {"distributed_config": DistributedConfig(tp_plan="auto")}):
             olmo: Any = AutoModelForCausalLM.from_pretrained(f"{folder}/olmo", **more)
             with dynmask.sparsify(olmo, policies["elastic"][0]) as run:
                 results.append(olmo(ids).logits)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.distributed import DistributedConfig
 
 import dynmask
 from dynmask.distributed import Split, gather, share_heads
@@ -110,7 +111,11 @@ def tensor_cases(cases, folder):
         converted.save_pretrained(f"{folder}/converted")
         tiny_llama().save_pretrained(f"{folder}/model")
     dist.barrier()
-    split: Any = dynmask.load_converted(f"{folder}/converted", tp_plan="auto", dtype=torch.float32)
+    split: Any = dynmask.load_converted(
+        f"{folder}/converted",
+        distributed_config=DistributedConfig(tp_plan="auto"),
+        dtype=torch.float32,
+    )
     expected = converted(ids(), use_cache=False).logits
     with torch.no_grad(), cases.case("tensor"):
         cases.same(split(ids(), use_cache=False).logits, expected)
@@ -122,7 +127,9 @@ def tensor_cases(cases, folder):
         assert all(torch.equal(x, text[0]) for x in text)
     with cases.case("tensor drawn"):  # fresh scores are the same on all ranks
         torch.manual_seed(cases.rank)
-        plain: Any = AutoModelForCausalLM.from_pretrained(f"{folder}/model", tp_plan="auto")
+        plain: Any = AutoModelForCausalLM.from_pretrained(
+            f"{folder}/model", distributed_config=DistributedConfig(tp_plan="auto")
+        )
         dynmask.convert(plain, **CONVERT)
         own = plain.model.layers[0].self_attn.dynmask_score.dt_proj.weight.detach()
         every = gather(own[None], Split(RANKS, RANKS), dim=0)
@@ -264,7 +271,7 @@ def test_heads_are_not_shared_without_a_process_group():
 def test_a_cache_that_was_made_before_heads_were_shared_is_refused():
     from dynmask.integrations.placement import Placement
 
-    with dynmask.sparsify(tiny_llama(), Gated(window=9, columns=0)) as run:
+    with dynmask.sparsify(tiny_llama(), Gated(window=9, columns=0, decode="select")) as run:
         cache, module = dynmask.GatedCache(run), next(iter(attention_modules(run.model)))
         half, where = torch.zeros(1, 1, 20, 16), Placement.dense(1, 20, 20, None)  # a rank's heads
         with pytest.raises(ValueError, match=r"2 kv heads, as when .* after .*share_heads"):
