@@ -12,6 +12,8 @@ share. Each ends with an answer, whose tokens are judged: others ask for what no
 ``recipes/evaluate_gated.py`` asks it. With ``--harder`` it is that of
 ``models/dynmask-reference-64k``: longer documents, its own families among them
 (``harder_data.py``), and no window below 512, for those read their neighbourhood.
+Their text is this machine's packages, so another machine makes another card, as good as this one's;
+``--text`` names text that ``train_harder.py --prepare`` wrote, as for the shipped cards.
 Interrupt at any time: what was measured is kept beside the card and read by the next run.
 """
 

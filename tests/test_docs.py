@@ -62,9 +62,11 @@ def test_the_commands_of_the_documents_exist(page):
         tables.README,
         tables.PERFORMANCE,
         tables.RETAINED,
+        tables.DMA,
         tables.GENERATOR,
         tables.LONG,
         tables.DISTRIBUTED,
+        tables.SERVING,
     ],
 )
 def test_tables_come_from_the_results(page):

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.distributed import DistributedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dynmask
 from dynmask.distributed import Split, gather, share_heads
