@@ -32,10 +32,11 @@ BUDGETS = (
     Budget(512, 1024, 0.02), Budget(1024, 1024, 0.03), Budget(128, 4096), Budget(1024, 1024, 0.06),
     Budget(2048, 2048, 0.06), Budget(2048, 2048, 0.12), Budget(4096, 4096, 0.25),
 )  # fmt: skip
-"""What maps may read, the cheap first; beyond the last a map is dense. None has less than the
-policy has without calibration: what an input has no worthy keys for costs nothing, and a map that
-no document of the calibration needed may be the one that the next input asks: with windows of 32
-where documents allowed them, other tasks lost a fifth of their answers (``docs/findings.md``)."""
+"""What maps may read, the cheap first; beyond the last a map is dense. None reads fewer keys than
+the policy may without calibration, nor fewer columns: what an input has no worthy keys for
+costs nothing, and a map that no document of the calibration needed may be the one that the next
+input asks: with windows of 32 where documents allowed them, other tasks lost a fifth of their
+answers (``docs/findings.md``)."""
 
 BLOCK_BUDGETS = (
     Budget(128, blocks=8), Budget(128, blocks=16), Budget(256, blocks=32),
