@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynmask.policies import FIXED, Gated, Layer, Streaming
-from dynmask.policies.base import grid_of
+from dynmask.policies.base import for_prompts_alone, grid_of
 from dynmask.policies.gates import Gates
 from tests.policies import POLICIES
 
@@ -98,7 +98,23 @@ def test_chunks_are_whole_blocks_about_equally_long_and_none_is_too_long(tokens,
     fewest = -(-tokens // chunk)
     assert -(-tokens // size) <= fewest or size > chunk // 2 - 2 * grid - 2 * prefill.FEWEST_LAST
     exact = prefill.exact_in_chunks(policy, tokens, chunk)
-    assert exact is (grid_of(policy) > 0 and size % grid_of(policy) == 0)
+    alone = last == 1 < min(size, tokens) and for_prompts_alone(policy)
+    assert exact is (grid_of(policy) > 0 and size % grid_of(policy) == 0 and not alone)
+
+
+@pytest.mark.parametrize("policy", [replace(BLOCKS, decode="full"), BLOCKS, POLICIES["pooled"]])
+@torch.no_grad()
+def test_a_last_chunk_of_one_token_is_exact_where_decoded_tokens_are_asked_about(policy):
+    model, size = TINY["llama"](), grid_of(policy)
+    for tokens, same in ((8 * size + 1, policy is BLOCKS), (8 * size + 2, True)):
+        ids = torch.randint(3, 250, (1, tokens), generator=torch.Generator().manual_seed(1))
+        with sparsify(model, policy) as run:
+            whole = model(ids, logits_to_keep=1).logits
+            cache = prefill.cache_for(run, tokens)
+            read = prefill.read_chunks(model, ids, cache, size, policy=policy)
+            parts = model(ids[:, read:], past_key_values=cache, logits_to_keep=1).logits
+        assert torch.allclose(parts, whole, rtol=1e-4, atol=1e-4) is same
+        assert prefill.exact_in_chunks(policy, tokens, size) is same
 
 
 MODELS = {

@@ -4,17 +4,19 @@ import copy
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import dynmask
 from dynmask import BlockMask, Budget, GatedSettings, LifetimeMask, MaskCard
 from dynmask.budgets import WITH_BLOCKS, calibrate_gates, choose_gates
 from dynmask.encoder import block_estimate
-from dynmask.judge import Judge, digest_of
+from dynmask.judge import Judge, digest_of, measure
 from dynmask.masks import MixedMask
 from dynmask.masks.base import repeat_heads
 from dynmask.policies import Gated, parse
@@ -972,6 +974,65 @@ def test_answers_are_judged_as_they_are_decoded(model):
     for bad in ([1], [1, 120], [1, -1], [1, 1.0], [1, True]):
         with pytest.raises(ValueError, match="decoded"):
             calibrate_gates(model, texts, SETTINGS, decoded=bad, **given)
+
+
+class Forgetful(torch.nn.Module):
+    """A model whose forward returns no cache."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def forward(self, **given):
+        return SimpleNamespace(logits=self.model(**given).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["jamba", "bamba"])
+def test_answers_to_models_with_recurrent_layers_are_judged_as_the_model_decodes(name):
+    """One such layer forgets the prompt before several tokens, another model loses positions."""
+    shape = {
+        "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+    }  # fmt: skip
+    own = {
+        "jamba": {
+            "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 4,
+        },
+        "bamba": {
+            "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
+            "mamba_n_groups": 1, "mamba_chunk_size": 16,
+        },
+    }[name]  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **shape, **own)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    texts, rows = documents(60), [torch.arange(50, 60)]
+    judge = Judge(model, texts, SETTINGS, 0, rows, [7])
+    judge.prepare()
+    whole = model(texts[0][None]).logits[0, rows[0]].log_softmax(-1)
+    assert torch.allclose(judge.full[0], whole, atol=1e-3)
+    assert judge.cost(Gates.full(2, 4)) < 1e-6
+
+
+def test_answers_need_a_model_that_returns_its_cache(model):
+    judge = Judge(Forgetful(model), documents(60), SETTINGS, 0, None, [7])
+    with pytest.raises(ValueError, match="decoded: expected a model that returns its cache"):
+        judge.prepare()
+
+
+def test_what_gates_read_is_measured_in_prompts(model, sparse):
+    texts, policy = documents(90, 120), sparse.policy(guard=None)
+    ways = (
+        Judge(model, texts, SETTINGS, 0, None, [40, 60]),
+        Judge(model, [texts[0][:50], texts[1][:60]], SETTINGS, 0),
+    )
+    (density, mass), (its, kept) = (measure(judge, policy, range(2), 2) for judge in ways)
+    assert torch.equal(density, its) and torch.equal(mass, kept) and bool((density < 1).any())
 
 
 # ------------------------------------------------------------------------------- the command line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import random
 from collections.abc import Sequence
@@ -109,6 +110,11 @@ class Judge:
 
         return sorted(range(len(self.documents)), key=worth)
 
+    def prompt(self, index: int) -> Tensor:
+        """What a document's gates are for: the tokens before those that were decoded."""
+        document = self.documents[index]
+        return document[: len(document) - self.decoded[index]]
+
     @torch.no_grad()
     def _predict(self, index: int, policy: Any) -> Tensor:
         """Log-probabilities of what follows the judged tokens: float32 [rows, vocabulary].
@@ -117,26 +123,50 @@ class Judge:
         """
         from dynmask.integrations.transformers import sparsify
 
-        document, rows = self.documents[index], self.rows[index].to(self.device)
-        ids = document[None].to(self.device)
-        decoded = 0 if policy is None else self.decoded[index]
-        prompt = len(document) - decoded
+        ids, rows = (x.to(self.device) for x in (self.documents[index], self.rows[index]))
+        prompt, decoded = ids.split([len(ids) - self.decoded[index], self.decoded[index]])
         with nullcontext() if policy is None else sparsify(self.model, policy):
             read = self.model(
-                input_ids=ids[:, :prompt],
-                logits_to_keep=rows[rows < prompt],
-                use_cache=decoded > 0,
+                input_ids=prompt[None],
+                logits_to_keep=rows[rows < len(prompt)],
+                use_cache=len(decoded) > 0,
             )
         logits = [read.logits]
-        if decoded:
-            after = self.model(
-                input_ids=ids[:, prompt:],
-                past_key_values=read.past_key_values,
-                logits_to_keep=rows[rows >= prompt] - prompt,
-                use_cache=True,
-            )
-            logits.append(after.logits)
+        if len(decoded):
+            cache = getattr(read, "past_key_values", None)
+            logits += self._decode(decoded, len(prompt), rows, cache)
         return torch.cat(logits, 1)[0].float().log_softmax(-1)
+
+    def _decode(self, ids: Tensor, first: int, rows: Tensor, cache: Any) -> list[Tensor]:
+        """Logits of judged tokens that come after so many others: [1, rows, vocabulary] each.
+
+        All in one call; one after another where a layer is no attention, as some of those forget
+        what came before several tokens.
+        """
+        if cache is None:
+            raise bad(
+                "decoded", "a model that returns its cache", type(self.model).__name__,
+                "Leave decoded out.",
+            )  # fmt: skip
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+        attention = DynamicLayer, DynamicSlidingWindowLayer
+        alike = all(type(x) in attention for x in getattr(cache, "layers", (None,)))
+        named = "position_ids" in inspect.signature(self.model.forward).parameters
+        logits = []
+        for part in ids.split(len(ids) if alike else 1):
+            stop = first + len(part)
+            where = torch.arange(first, stop, device=ids.device)[None]
+            read = self.model(
+                input_ids=part[None],
+                past_key_values=cache,
+                logits_to_keep=rows[(rows >= first) & (rows < stop)] - first,
+                use_cache=True,
+                **({"position_ids": where} if named else {}),
+            )
+            logits.append(read.logits)
+            first = stop
+        return logits
 
 
 def _divergence(found: Tensor, full: Tensor) -> Tensor:
@@ -183,13 +213,13 @@ class _Meter:
 
 
 def measure(judge: Judge, policy: Gated, which: Sequence[int], layers: int) -> tuple[Tensor, ...]:
-    """Density and kept mass of every map in each document: float64 [documents, layers, heads]."""
+    """Density and kept mass of every map in each prompt: float64 [documents, layers, heads]."""
     from dynmask.integrations.transformers import sparsify
 
     meter = _Meter(policy, layers)
     with sparsify(judge.model, meter), torch.no_grad():
         for i in which:
-            ids = judge.documents[i][None].to(judge.device)
+            ids = judge.prompt(i)[None].to(judge.device)
             judge.model.base_model(input_ids=ids, use_cache=False)
     return tuple(
         torch.stack([torch.cat(found) for found in kind], 1).clamp(0, 1).cpu()

@@ -68,8 +68,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--offload",
         action="store_true",
-        help="gated: keep keys and values of maps that choose blocks in host memory, and copy the "
-        "blocks that a token reads",
+        help="gated with decode=select or keep: keep keys and values of maps that choose blocks in "
+        "host memory, and copy the blocks that a token reads",
     )
     command.add_argument(
         "--temperature", type=float, default=0.0, help="0 always takes the likeliest token (0)"
@@ -94,10 +94,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
     prompt = _prompt(arguments)
     policy = resolve_policy(arguments.policy)
-    if arguments.offload and getattr(policy, "name", None) != "gated":
+    if arguments.offload and getattr(policy, "decode", "full") == "full":
         raise ValueError(
-            f"--offload: expected a gated policy with maps that choose blocks, received "
-            f"{arguments.policy}; leave it out"
+            f"--offload: expected a gated policy with maps that choose blocks, and decode=select "
+            f"or decode=keep, received {arguments.policy}; leave it out, or say how to decode"
         )
     model, tokenizer = load(arguments, [policy])
     ids = _encode(tokenizer, prompt, arguments)

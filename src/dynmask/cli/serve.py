@@ -72,9 +72,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--phase",
         choices=("both", "prefill"),
-        help="what is chosen for: prompts and decoded tokens (both), or prompts alone, so that "
-        "decoded tokens read every key by vLLM's own attention (both, unless DYNMASK_PHASE says "
-        "otherwise)",
+        help="what is chosen for: whatever the policy chooses for (both; gated: prompts, unless it "
+        "says decode=select), or prompts alone, so that decoded tokens read every key by vLLM's "
+        "own attention (both, unless DYNMASK_PHASE says otherwise)",
     )
     command.add_argument("--host", help="address to listen at (vLLM's default: all of them)")
     command.add_argument("--port", type=int, help="port to listen at (vLLM's default: 8000)")

@@ -407,7 +407,7 @@ def _check_gains(policy: Gated, plans: list[LayerPlan], heads: int, offload: boo
             "a policy that leaves keys unread for good in some kv head, or chooses blocks",
             "one whose every kv head has a dense map or one that chooses columns anew for "
             "each token, or a model whose layers have sliding windows",
-            "Use decode='keep', or leave the cache to generate().",
+            "Use decode='keep' (which has no dense_up_to), or leave the cache to generate().",
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import bad
 from ..policies import Gated
-from ..policies.base import evicts, grid_of
+from ..policies.base import evicts, for_prompts_alone, grid_of
 
 BOUNDED_CHUNK = 8_192
 """Tokens read at once by default where the cache holds only keys that are still read."""
@@ -58,9 +58,14 @@ def chunk_size(policy: Any, tokens: int, chunk: int) -> int:
 
 
 def exact_in_chunks(policy: Any, tokens: int, chunk: int) -> bool:
-    """Whether a prompt of so many tokens, in chunks, is read as the whole prompt would be."""
-    grid = grid_of(policy)
-    return grid > 0 and chunk_size(policy, tokens, chunk) % grid == 0
+    """Whether a prompt of so many tokens, in chunks, is read as the whole prompt would be.
+
+    A last chunk of one token is taken for a decoded one, about which some policies are not asked.
+    """
+    grid, size = grid_of(policy), chunk_size(policy, tokens, chunk)
+    if policy is not None and for_prompts_alone(policy) and tokens > size and tokens % size == 1:
+        return False
+    return grid > 0 and size % grid == 0
 
 
 def chunk_note(policy: Any, tokens: int, chunk: int) -> str:

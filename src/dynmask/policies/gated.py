@@ -54,10 +54,10 @@ class Gated:
     of the map allows; or, where a gate says so, blocks that each query block chooses for itself.
 
     A key's worth is the largest probability it gets from one of the last queries of a call (the
-    question, in a prompt; the query itself, while decoding). The most worthy keys outside sinks
-    and window are columns: every later query reads them. Maps whose worth lies in their window
-    get none, for a key below ``least`` is not worth reading (the zero-shot gate). With ``gates``,
-    window and columns differ from map to map: ``dynmask calibrate --policy gated`` chooses them
+    question, in a prompt; the query itself where decoded tokens choose). The most worthy keys
+    outside sinks and window are columns: every later query reads them. Maps whose worth lies in
+    their window get none, for a key below ``least`` is not worth reading (the zero-shot gate). With
+    ``gates``, window and columns differ from map to map: ``dynmask calibrate`` chooses them
     by what they cost the model's output.
 
     Where what is asked for changes along the input, the newest queries cannot choose for all.
@@ -90,11 +90,12 @@ class Gated:
             is widened for the call (:mod:`dynmask.policies.guard`); None never looks.
         promise: kept attention that each map is to have, [layers, heads], as a card measured it;
             what ``guard`` needs.
-        decode: what a decoded token reads. "full" chooses for prompts alone, and a decoded token
-            reads every key: one token's choice is made by one query, and may lose what the
-            prompt's 256 found. "select" chooses columns anew from all keys for every token.
-            "keep" leaves those that the prompt's last queries chose, so that a
-            ``dynmask.GatedCache``, which it needs, can drop the other keys. Under both, blocks
+        decode: what a decoded token reads, a call's only query after others; several tokens in a
+            call are a prompt (a turn, or tokens that assisted decoding checks). "full" chooses for
+            prompts alone, and a decoded token reads every key: one token's choice is made by one
+            query, and may lose what the prompt's 256 found. "select" chooses columns anew from all
+            keys for every token. "keep" leaves those that the prompt's last queries chose, so that
+            a ``dynmask.GatedCache``, which it needs, can drop the other keys. Under both, blocks
             are chosen anew. As what follows a key that is found is asked for later, the choice of
             "keep" takes its neighbours along: ``pool`` is at least ``KEPT_POOL``.
         dense_up_to: inputs of so many keys are read whole, for choosing among few costs a GPU

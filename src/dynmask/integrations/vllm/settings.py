@@ -18,7 +18,7 @@ SECTION = "dynmask"
 """Name in ``--additional-config``, whose entries are card, policy, impl and phase."""
 
 PHASES = ("both", "prefill")
-"""When a policy is asked: for prompts and decoded tokens, or for prompts alone."""
+"""When a policy is asked: whenever it has a choice to make, or for prompts alone."""
 
 SUPPORTED_IMPLS = tuple(name for name in IMPLS if name != "sdpa")
 
@@ -30,7 +30,8 @@ class Settings:
     Args:
         policy: as on the command line, ``streaming:sinks=4,window=1024`` or ``gated:FOLDER``.
         impl: implementation of ``dynmask.attention``.
-        phase: "both", or "prefill" where decoded tokens read every key whatever the policy.
+        phase: "both" leaves it to the policy what is chosen for; with "prefill" decoded tokens
+            read every key whatever the policy.
     """
 
     policy: str
