@@ -1074,9 +1074,29 @@ def test_the_command_makes_soft_masks_of_columns(folder, tmp_path, capsys):
     assert not any(budget["blocks"] for budget in header["settings"]["budgets"])
 
 
+def test_the_command_judges_the_end_of_documents_as_it_is_decoded(folder, tmp_path, monkeypatch):
+    from dynmask import budgets
+
+    asked = []
+
+    def noted(model, documents, settings, **given):
+        asked.append((documents, settings.judged, settings.late, given["decoded"]))
+        return calibrate_gates(model, documents, settings, **given)
+
+    monkeypatch.setattr(budgets, "calibrate_gates", noted)
+    call = ("--lengths", "96", "40", "--documents", "1")
+    for name, more in (("a", ()), ("b", ("--decoded",))):
+        assert calibrate(folder, tmp_path / name, *call, *more) == 0
+    (texts, *plain), (again, *decoded) = asked
+    assert sorted(map(len, texts)) == [40, 96] and list(map(len, again)) == list(map(len, texts))
+    assert plain == [8, 0.5, None]
+    assert decoded == [8, 1.0, [7, 7]]  # the first of eight is the prompt's to predict
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--decoded", "--lengths", "8"), "--lengths: expected more than the 8 judged tokens"),
         (("--strength", "2"), "--strength: expected with --soft"),
         (("--steps", "2"), "--steps: expected with --encoder"),
         (("--rank", "2"), "--rank: expected with --encoder"),

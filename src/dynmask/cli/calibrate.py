@@ -49,8 +49,8 @@ OPTIONS = {
         "minutes", "steps", "lengths", "tokens", "head", "width", "window", "sinks", "checkpoint",
     ),
     "gated": (
-        "max_kl", "density", "judged", "lengths", "sinks", "checkpoint", "guard", "encoder",
-        "rank", "teacher", "steps", "soft", "strength", "blocks",
+        "max_kl", "density", "judged", "decoded", "lengths", "sinks", "checkpoint", "guard",
+        "encoder", "rank", "teacher", "steps", "soft", "strength", "blocks",
     ),
 }  # fmt: skip
 """Which options say something about which policy."""
@@ -158,6 +158,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default=64,
         metavar="N",
         help="tokens of a document that are judged (64)",
+    )
+    gated.add_argument(
+        "--decoded",
+        action="store_true",
+        help="judge the end of each document alone, as it is decoded after a prompt: what follows "
+        "the prompt reads every key. Sparser cards, for generating (judge tokens all over)",
     )
     gated.add_argument(
         "--guard",
@@ -282,8 +288,7 @@ def _retained(arguments: argparse.Namespace, folder: Path) -> int:
 
 def _gated(arguments: argparse.Namespace, folder: Path) -> int:
     """Choose the budget of every map and save the card."""
-    from dynmask.budgets import BUDGETS, WITH_BLOCKS, GatedSettings
-    from dynmask.calibrate import calibrate
+    from dynmask.budgets import BUDGETS, WITH_BLOCKS, GatedSettings, calibrate_gates
 
     _refuse_idle(arguments, "encoder", {"steps": None, "teacher": "mass", "rank": 16})
     _refuse_idle(arguments, "soft", {"strength": 1.0})
@@ -293,16 +298,22 @@ def _gated(arguments: argparse.Namespace, folder: Path) -> int:
     )  # fmt: skip
     settings = GatedSettings(
         **{name: getattr(arguments, name) for name in names},
+        late=1.0 if arguments.decoded else GatedSettings.late,
         steps=arguments.steps or GatedSettings.steps,
         budgets=WITH_BLOCKS if arguments.blocks or arguments.encoder else BUDGETS,
     )
     wanted = sorted(set(arguments.lengths))
+    if arguments.decoded and wanted[0] <= arguments.judged:
+        raise ValueError(
+            f"--lengths: expected more than the {arguments.judged} judged tokens with --decoded, "
+            f"received {wanted[0]}; a document begins with a prompt"
+        )
     model, pieces, _ = _pieces(arguments, wanted, arguments.documents or 2)
-    card = calibrate(
+    card = calibrate_gates(
         model,
         pieces,
-        policy="gated",
-        settings=settings,
+        settings,
+        decoded=[settings.judged - 1] * len(pieces) if arguments.decoded else None,
         seed=arguments.seed,
         checkpoint=arguments.checkpoint,
         progress=not arguments.quiet,
