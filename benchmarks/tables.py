@@ -268,11 +268,12 @@ def vllm() -> str:
     first = next(iter(own.values()))
     lines = [f"{first['case']} shape, random weights, bfloat16, vLLM {first['vllm']}, "
              f"{first['device']['name']}; milliseconds to the first token, then tokens a second "
-             "(all rounds):", "",
+             "(median, least and most of so many rounds):", "",
              "| prompt | attention | first token | | tokens/s |",
              "|---|---|---|---|---|"]  # fmt: skip
     for r in sorted(rows, key=lambda r: (r["keys"], r["variant"] != "flash", r["variant"])):
-        rates = ", ".join(f"{x:.0f}" for x in r["tokens_per_s_all"])
+        every = r["tokens_per_s_all"]
+        rates = f"{r['tokens_per_s']:.0f} ({min(every):.0f} to {max(every):.0f}, {len(every)})"
         ratio = own[r["keys"]]["first_s"] / r["first_s"] if r["keys"] in own else None
         times = "" if r["policy"] is None or ratio is None else f"{ratio:.2f}x"
         name = "vLLM's own" if r["policy"] is None else r["variant"]

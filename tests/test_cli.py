@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -141,6 +142,27 @@ def test_failures_exit_with_1_and_debug_shows_where(capsys, monkeypatch):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_warnings_are_notes_of_one_line(capsys, monkeypatch):
+    def warned(arguments):
+        warnings.warn("guard: widened\nfor this call", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr("dynmask.cli.inspect.run", warned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        shown = warnings.showwarning
+        assert dynmask("inspect", "x") == 0
+        assert warnings.showwarning is shown
+    assert capsys.readouterr().err == "note: guard: widened for this call\n"
+
+
+def test_the_package_runs_as_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "dynmask", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("dynmask")
+
+
 def test_ctrl_c_exits_with_130(capsys, monkeypatch):
     def interrupted(arguments):
         raise KeyboardInterrupt
@@ -253,6 +275,17 @@ def test_generate_streams_what_transformers_generates(model, capsys, monkeypatch
     data = json.loads(capsys.readouterr().out)
     assert data["new_tokens"] == 9 and data["ms_per_token"] > 0
     assert 0 < data["density_decode"] < 1 and data["policy"] == "streaming:sinks=1,window=4"
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(4090, True), (4000, False)])
+def test_generate_tells_of_prompts_beyond_the_models_positions(
+    model, capsys, monkeypatch, tokens, told
+):
+    ids = torch.full((1, tokens), 5)
+    monkeypatch.setattr("dynmask.cli.generate._encode", lambda *_: ids)
+    call = ("generate", "--model", model, "--prompt", "a", "--max-new-tokens", "7", "--json")
+    assert dynmask(*call, "--policy", "streaming:window=8", "--quiet") == 0
+    assert ("beyond the 4096 positions" in capsys.readouterr().err) is told
 
 
 def test_generate_refuses_a_chat_without_template_and_a_foreign_card(model, card, tmp_path, capsys):

@@ -128,9 +128,12 @@ def test_the_backend_is_named_where_there_is_a_gpu(here, become, monkeypatch):
 
 def test_nothing_runs_when_it_is_only_to_be_printed(here, capsys, monkeypatch):
     monkeypatch.setattr(os, "execvpe", None)
+    monkeypatch.setattr(serve, "_has_gpu", lambda: False)
     own = "serve", str(here / "model"), "--policy", "streaming", "--print-only"
     assert cli.main(list(own)) == 0
-    assert "vllm.entrypoints.cli.main serve" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "vllm.entrypoints.cli.main serve" in said.out
+    assert "add --attention-backend CUSTOM" in said.err
 
 
 def test_a_hostile_card_is_refused_before_anything_else(here, become, capsys, tmp_path):

@@ -9,6 +9,7 @@ import argparse
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from . import calibrate, evaluate, generate, inspect, serve
@@ -81,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         top.print_help()
         return USAGE
     try:
-        return arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            return arguments.run(arguments)
     except KeyboardInterrupt:
         say("stopped")
         return INTERRUPTED
@@ -97,6 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not isinstance(error, ValueError):
                 say("(run again with --debug for the full traceback)")
         return USAGE if isinstance(error, ValueError) else FAILURE
+
+
+def _note(message: Warning | str, category: type[Warning], *place: object) -> None:
+    """Say a warning like any other note, without the line of source that it comes from."""
+    say(f"note: {' '.join(str(message).split())}")
 
 
 def _split(given: list[str]) -> tuple[list[str], list[str]]:

@@ -110,6 +110,10 @@ def run(arguments: argparse.Namespace) -> int:
     if policy is not None:
         check_policies(model, {arguments.policy: policy})
     tokens = ids.shape[1]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and tokens + arguments.max_new_tokens > limit:
+        say(f"note: {tokens} tokens and {arguments.max_new_tokens} new ones are beyond the {limit} "
+            "positions the model was made for")  # fmt: skip
     chunk = default_chunk(policy, tokens) if arguments.chunk is None else arguments.chunk
     chunk = chunk if chunk < tokens else 0
     if chunk:

@@ -110,6 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
     assignments = [f"{name}={shlex.quote(value)}" for name, value in own.items()]
     line = " ".join([*assignments, shlex.join(command)])
     if arguments.print_only:
+        if not _has_gpu():
+            say("[printed where there is no GPU: on one, add --attention-backend CUSTOM]")
         print(line)
         return 0
     say(f"running: {' '.join([*assignments, shlex.join(without_secrets(command))])}")

@@ -76,7 +76,7 @@ def _results(path: Path, identity: str) -> dict[str, dict[str, Any]]:
 
 
 def policy_fingerprint(policy: Any) -> str:
-    """Return a short hash of all that a policy's fields and tensors hold, its class's name first.
+    """Return a policy's class and plain settings, and a short hash of all that it holds.
 
     Equal policies have equal fingerprints in every process; ``None`` is ``"own attention"``.
     """
@@ -85,7 +85,12 @@ def policy_fingerprint(policy: Any) -> str:
     digest = hashlib.sha256()
     for part in _parts(policy):
         digest.update(part)
-    return f"{type(policy).__name__}:{digest.hexdigest()[:12]}"
+    plain = ""
+    if dataclasses.is_dataclass(policy):
+        told = {item.name: getattr(policy, item.name) for item in dataclasses.fields(policy)}
+        shown = (f"{k}={v}" for k, v in told.items() if isinstance(v, bool | int | float | str))
+        plain = f"({', '.join(shown)})"
+    return f"{type(policy).__name__}{plain}:{digest.hexdigest()[:12]}"
 
 
 def _parts(value: Any) -> Iterable[bytes]:
