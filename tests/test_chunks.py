@@ -144,7 +144,8 @@ def test_a_model_reads_in_whole_blocks_what_it_reads_at_once(name, chunk):
             torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
     note = prefill.chunk_note(policy, 203, chunk)
     assert (
-        "chunks change nothing" in note and f"chunks of up to {prefill.chunk_size(policy, 203, chunk)} " in note
+        "chunks change nothing" in note
+        and f"chunks of up to {prefill.chunk_size(policy, 203, chunk)} " in note
     )
     assert "chooses anew" in prefill.chunk_note(policy, 203, 3)  # no room for a block
 

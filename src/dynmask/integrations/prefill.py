@@ -80,7 +80,9 @@ def chunk_note(policy: Any, tokens: int, chunk: int) -> str:
     size = chunk_size(policy, tokens, chunk)
     what = f"{-(-tokens // size)} chunks of up to {size:,} tokens: "
     if exact_in_chunks(policy, tokens, chunk):
-        return what + f"chunks change nothing, under {name} each query reads what it would in the whole prompt"
+        return what + (
+            f"chunks change nothing, under {name} each query reads what it would in the whole prompt"
+        )
     kept = ""
     if isinstance(policy, Gated) and policy.decode == "keep":
         kept = "; keys are dropped after the last"
