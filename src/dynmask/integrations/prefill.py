@@ -81,7 +81,7 @@ def chunk_note(policy: Any, tokens: int, chunk: int) -> str:
     what = f"{-(-tokens // size)} chunks of up to {size:,} tokens: "
     if exact_in_chunks(policy, tokens, chunk):
         return what + (
-            f"chunks change nothing, under {name} each query reads what it would in the whole prompt"
+            f"chunks change nothing, under {name} each query reads what it would in one piece"
         )
     kept = ""
     if isinstance(policy, Gated) and policy.decode == "keep":
