@@ -164,6 +164,8 @@ def test_sliding_windows_of_the_model_are_honoured(tmp_path, make):
         own = {"DYNMASK_POLICY": policy}
         found = ask(tmp_path, tmp_path / "model", prompts, TOKENS, own, **cut)
         assert found.tokens == answers(model, policies.parse(policy), prompts)
+        if policy.startswith("gated"):
+            assert found.tokens != answers(model, policies.Causal(), prompts), "nothing is chosen"
 
 
 @pytest.mark.skipif(find_spec("vllm._C") is None, reason="experts need vLLM's compiled part")
