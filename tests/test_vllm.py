@@ -289,7 +289,9 @@ def test_what_is_read_whole_is_known_before_anybody_is_asked(policy, keys, known
 def test_prefill_policies_read_whole_while_decoding():
     decoded = Request(0, 0, 1, 10**6)
     assert POLICIES["h2o"].phase == "prefill"
-    assert reads_all(POLICIES["h2o"], decoded, whole_up_to(POLICIES["h2o"], 0, HEADS))
+    for policy in (POLICIES["h2o"], Gated(window=8)):
+        assert reads_all(policy, decoded, whole_up_to(policy, 0, HEADS))
+        assert decodes_whole(policy, "both")
     chunk = Request(0, 0, 500, 10**3)
     assert not reads_all(POLICIES["pooled"], chunk, whole_up_to(POLICIES["pooled"], 0, HEADS))
 

@@ -84,7 +84,9 @@ def tiny(tmp_path_factory):
         ("dam", CHUNKED),
         ("elastic", CHUNKED),
         ("gated:window=32,columns=16", WHOLE),
+        ("gated:window=32,columns=16,decode=select", WHOLE),
         ("gated:window=64,columns=0,blocks=2,block=16", WHOLE),
+        ("gated:window=64,columns=0,blocks=2,block=16,decode=select", WHOLE),
     ],
 )
 def test_prompts_of_5_to_3000_tokens_in_one_batch(tiny, tmp_path, policy, cut):
@@ -102,15 +104,33 @@ def test_prompts_of_5_to_3000_tokens_in_one_batch(tiny, tmp_path, policy, cut):
     assert expected != answers(model, policies.Causal(), prompts), "the mask changes nothing"
 
 
-@pytest.mark.parametrize("card, cut", [(GATED_CARD, WHOLE), (RETAINED_CARD, CHUNKED)])
-def test_shipped_cards_on_the_reference_model(tmp_path, card, cut):
+def asked_for(card, given):
+    """Settings of a card as it is, or of its policy with other options."""
+    if not given:
+        return {"DYNMASK_CARD": str(card)}
+    options = ",".join(f"{name}={value}" for name, value in given.items())
+    return {"DYNMASK_POLICY": f"{MaskCard.from_pretrained(card).header['policy']}:{card},{options}"}
+
+
+@pytest.mark.parametrize(
+    "card, given, cut",
+    [
+        (GATED_CARD, {}, WHOLE),
+        (GATED_CARD, {"decode": "select"}, WHOLE),
+        (RETAINED_CARD, {}, CHUNKED),
+    ],
+)
+def test_shipped_cards_on_the_reference_model(tmp_path, card, given, cut):
     header = MaskCard.from_pretrained(card).header
     name = json.loads((ROOT / "models/dynmask-reference/config.json").read_text())["vocab_size"]
     folder = _model_of(header["model"]["fingerprint"])
-    prompts = prompts_of(name, (5, 37, 300, 1500))
-    found = ask(tmp_path, folder, prompts, TOKENS, {"DYNMASK_CARD": str(card)}, **cut)
+    prompts, tokens = prompts_of(name, (5, 37, 300, 1500, 2990)), 3 * TOKENS
+    found = ask(tmp_path, folder, prompts, tokens, asked_for(card, given), **cut)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    assert found.tokens == answers(model, MaskCard.from_pretrained(card).policy(), prompts)
+    policy = MaskCard.from_pretrained(card).policy
+    assert found.tokens == answers(model, policy(**given), prompts, tokens)
+    if given:
+        assert found.tokens != answers(model, policy(), prompts, tokens), "nothing is chosen"
     assert "depend on where vLLM cuts" not in found.said
 
 
@@ -137,12 +157,15 @@ def test_sliding_windows_of_the_model_are_honoured(tmp_path, make):
     prompts = prompts_of(256, (5, 37, 300, 700))
     for policy, cut in (
         ("streaming:sinks=4,window=100", CHUNKED),
-        ("gated:window=64,columns=16", WHOLE),
+        ("gated:window=16,columns=8", WHOLE),
+        ("gated:window=16,columns=8,decode=select", WHOLE),
     ):
         cut = cut | {"max_model_len": 1024, "max_num_batched_tokens": 1024 if cut is WHOLE else 256}
         own = {"DYNMASK_POLICY": policy}
         found = ask(tmp_path, tmp_path / "model", prompts, TOKENS, own, **cut)
         assert found.tokens == answers(model, policies.parse(policy), prompts)
+        if policy.startswith("gated"):
+            assert found.tokens != answers(model, policies.Causal(), prompts), "nothing is chosen"
 
 
 @pytest.mark.skipif(find_spec("vllm._C") is None, reason="experts need vLLM's compiled part")
@@ -170,16 +193,18 @@ def test_attention_sinks_of_the_model_are_honoured(tmp_path):
     assert found.tokens == answers(model, policies.Streaming(4, 100), prompts)
 
 
-@pytest.mark.parametrize("card", [GATED_CARD, RETAINED_CARD])
-def test_tensor_parallel_ranks_share_a_card(tmp_path, card):
+@pytest.mark.parametrize(
+    "card, given", [(GATED_CARD, {}), (GATED_CARD, {"decode": "select"}), (RETAINED_CARD, {})]
+)
+def test_tensor_parallel_ranks_share_a_card(tmp_path, card, given):
     folder = _model_of(MaskCard.from_pretrained(card).header["model"]["fingerprint"])
     prompts = prompts_of(250, (5, 300, 1000))
     found = ask(
-        tmp_path, folder, prompts, TOKENS, {"DYNMASK_CARD": str(card)}, tensor_parallel_size=2,
+        tmp_path, folder, prompts, TOKENS, asked_for(card, given), tensor_parallel_size=2,
         **WHOLE,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    assert found.tokens == answers(model, MaskCard.from_pretrained(card).policy(), prompts)
+    assert found.tokens == answers(model, MaskCard.from_pretrained(card).policy(**given), prompts)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +227,7 @@ def test_what_cannot_be_served_is_refused_before_the_first_token(tiny, tmp_path,
     [
         ("streaming:sinks=4,window=400", CHUNKED),
         ("gated:window=32,columns=16,dense_up_to=400", WHOLE),
+        ("gated:window=32,columns=16,dense_up_to=400,decode=select", WHOLE),
     ],
 )
 def test_the_backend_of_gpus_leaves_what_is_read_whole_to_flash_attention(
@@ -220,20 +246,31 @@ def test_the_backend_of_gpus_leaves_what_is_read_whole_to_flash_attention(
 
 
 class PromptsAlone(policies.Gated):
-    """Chooses for prompts; decoded tokens read every key."""
+    """Chooses for prompts; decoded tokens read every key, whatever ``decode`` says."""
 
     phase = "prefill"
 
 
-def test_a_policy_for_prompts_alone_leaves_decoding_to_flash_attention(tiny, tmp_path):
+@pytest.mark.parametrize(
+    "decode, phase",
+    [
+        ("select", {"DYNMASK_PHASE": "prefill"}),
+        ("full", {}),
+    ],
+)
+def test_a_policy_for_prompts_alone_leaves_decoding_to_flash_attention(
+    tiny, tmp_path, decode, phase
+):
+    """By the setting, against what the policy says, and by the policy."""
     model, folder = tiny
     prompts = prompts_of(256)
-    own = {"DYNMASK_POLICY": "gated:window=32,columns=16", "DYNMASK_TEST_FLASH": "1"}
-    own["DYNMASK_PHASE"] = "prefill"
+    own = {"DYNMASK_POLICY": f"gated:window=32,columns=16,decode={decode}"}
+    own |= {"DYNMASK_TEST_FLASH": "1"} | phase
     found = ask(tmp_path, folder / "model", prompts, TOKENS, own, **WHOLE)
-    expected = answers(model, PromptsAlone(window=32, columns=16), prompts)
+    chooses = {"window": 32, "columns": 16, "decode": "select"}
+    expected = answers(model, PromptsAlone(**chooses), prompts)
     assert found.tokens == expected
-    assert expected != answers(model, policies.Gated(window=32, columns=16), prompts)
+    assert expected != answers(model, policies.Gated(**chooses), prompts)
     assert "'dense'" in found.said and "'chosen'" in found.said
 
 
