@@ -68,7 +68,7 @@ def same(found, expected):
 
 def test_a_model_each_with_a_policy_each():
     model, barrier, works, expected = tiny_llama(), threading.Barrier(2), [], []
-    policies = [Streaming(sinks=1, window=3), Gated(window=4, columns=3, sinks=1)]
+    policies = [Streaming(sinks=1, window=3), Gated(window=4, columns=3, sinks=1, decode="select")]
     for policy, (ids, mask) in zip(policies, prompts()[:2], strict=True):
         own = copy.deepcopy(model)
         with sparsify(own, policy):
@@ -113,7 +113,7 @@ def test_one_model_and_one_run_with_a_cache_for_each_thread(kind):
 
 def test_one_model_under_one_run_meets_itself_in_every_call():
     model = tiny_llama()
-    policy = Gated(window=4, columns=3, sinks=1)
+    policy = Gated(window=4, columns=3, sinks=1, decode="select")
     with sparsify(model, policy):
         expected = [generate(model, *x, new=STEPS) for x in prompts()]
     with sparsify(model, Meeting(policy, threading.Barrier(3))):
