@@ -77,7 +77,8 @@ def decoding(label: str, decode: str) -> str:
 
 
 MADE = {
-    CARD: "card", decoding(CARD, "select"): "card, decode=select",
+    CARD: "card", decoding(CARD, "keep"): "card, decode=keep",
+    decoding(CARD, "select"): "card, decode=select",
     ZERO_SHOT: "without calibration",
     decoding(ZERO_SHOT, "select"): "without calibration, decode=select",
 }  # fmt: skip
