@@ -79,11 +79,12 @@ def reference() -> str:
         row = " | ".join(_cell(cells.get((policy, task))) for task in tasks)
         lines.append(f"| {policy} | {row} |")
     if gated:
-        devices = ", ".join(sorted({r["device"]["name"] for r in gated}))
+        devices = {"a CPU" if r["device"]["type"] == "cpu" else r["device"]["name"] for r in gated}
         lines += [
             "",
-            f"`gated` on {devices}: density is that of the prompt; decoded tokens read every key, or "
-            "with `decode=keep`\nwhat the prompt chose. Of 50 items one is 2 points.",
+            f"`gated` on {', '.join(sorted(devices, reverse=True))}: density is that of the prompt; "
+            "decoded tokens read\nevery key, or with `decode=keep` what the prompt chose. Of 50 "
+            "items one is 2 points.",
         ]
     dam = [r for r in rows if r["policy"].startswith("dam")]
     right = round(sum(r["accuracy"] * r["n"] for r in dam))
