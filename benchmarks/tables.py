@@ -79,10 +79,12 @@ def reference() -> str:
         row = " | ".join(_cell(cells.get((policy, task))) for task in tasks)
         lines.append(f"| {policy} | {row} |")
     if gated:
-        devices = {"a CPU" if r["device"]["type"] == "cpu" else r["device"]["name"] for r in gated}
+        devices = {
+            "a CPU (keep)" if r["device"]["type"] == "cpu" else r["device"]["name"] for r in gated
+        }
         lines += [
             "",
-            f"`gated` on {', '.join(sorted(devices, reverse=True))}: density is that of the prompt; "
+            f"`gated` on {', '.join(sorted(devices))}: density is that of the prompt; "
             "decoded tokens read\nevery key, or with `decode=keep` what the prompt chose. Of 50 "
             "items one is 2 points.",
         ]
