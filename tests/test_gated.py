@@ -897,6 +897,8 @@ def test_settings_out_of_range_are_refused(change):
         lambda t, h: h["settings"].update(guard=-1),
         lambda t, h: h["settings"].update(soft="yes"),
         lambda t, h: h.update(kl_hard=math.inf),
+        lambda t, h: h.update(judged="many"),
+        lambda t, h: h.update(decoded=-1),
         lambda t, h: t.update(blocks=t["window"] * 0 - 1),
         lambda t, h: t.pop("blocks"),
         lambda t, h: h["settings"].update(last=0),
@@ -970,6 +972,8 @@ def test_answers_are_judged_as_they_are_decoded(model):
     assert whole.cost(gates) != pytest.approx(max(means), rel=1e-2)
     given = {"judged": rows, "progress": False}
     card = calibrate_gates(model, texts, SETTINGS, decoded=answer, **given)
+    assert (card.header["judged"], card.header["decoded"]) == (6, 8)
+    assert "6 tokens judged, 8 read as decoded ones" in card._summary()
     assert judge.cost(card.policy().gates) == pytest.approx(card.header["kl"], abs=1e-6)
     for bad in ([1], [1, 120], [1, -1], [1, 1.0], [1, True]):
         with pytest.raises(ValueError, match="decoded"):

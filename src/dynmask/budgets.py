@@ -200,6 +200,8 @@ def calibrate_gates(
         "kl": kl,
         **({} if hard is None else {"kl_hard": hard}),
         "trials": judge.trials,
+        "judged": sum(map(len, judge.rows)),
+        "decoded": sum(judge.decoded),
         "density": density[which].mean(0).tolist(),
         "kept_mass": mass[which].mean(0).tolist(),
         "least_mass": mass.amin(0).tolist(),

@@ -15,6 +15,8 @@
                                     share of attention that so many keys capture
     kl                              gated: divergence from the full model at the judged tokens
     kl_hard                         gated, soft: the same without the bias
+    judged, decoded                 gated: how many tokens were judged, and how many tokens at the
+                                    ends of documents read every key, as decoded ones do
     least_mass                      [layers][heads], gated: kept mass in that of the documents where
                                     it is least; what the guard compares with
     encoder                         gated, with encoders: `kept` [layers], and `loss` [layers][2] on
@@ -45,6 +47,7 @@ from dynmask.card_kinds import (
     Layout,
     check_figures,
     is_int,
+    judged_of,
     require,
     section,
     unpack_bits,
@@ -269,7 +272,8 @@ class MaskCard:
         cost = ""
         if "kl" in self.header:
             cost = (
-                f"\n| divergence | {self.header['kl']:.4g} nats, {self.header['trials']} trials |"
+                f"\n| divergence | {self.header['kl']:.4g} nats, {self.header['trials']} trials"
+                f"{judged_of(self.header)} |"
             )
         return f"""---
 library_name: dynmask

@@ -211,6 +211,13 @@ class RetainedTensors:
             require(bool(tensor.isfinite().all()), f"{name} finite", "NaN or infinity")
 
 
+def judged_of(header: dict[str, Any]) -> str:
+    """What a gated card says of the tokens that its divergence is about; empty where nothing."""
+    if "judged" not in header:
+        return ""
+    return f", {header['judged']} tokens judged, {header.get('decoded', 0)} read as decoded ones"
+
+
 class GatedTensors:
     """What the tensors of a gated card must look like: one number for each map."""
 
@@ -237,6 +244,9 @@ class GatedTensors:
             kl = header.get(name, 0 if name == "kl_hard" else None)
             number = isinstance(kl, int | float) and not isinstance(kl, bool)
             require(number and 0 <= kl < math.inf, f"{name} of at least 0", str(kl)[:80])  # type: ignore[operator]
+        for name in ("judged", "decoded"):  # cards of a time before these say nothing
+            count = header.get(name, 0)
+            require(is_int(count, 0), f"a number of tokens in {name}", str(count)[:80])
         if header["settings"].get("encoder"):
             GatedTensors._check_encoder(header)
         if "least_mass" in header:

@@ -156,12 +156,14 @@ def describe_card(card: Any) -> str:
 
 def _gates(card: Any) -> list[str]:
     """Return what each map of a gated card reads, one line per layer, and what that costs."""
+    from dynmask.card_kinds import judged_of
+
     header, tensors = card.header, card.tensors
     if header["policy"] != "gated":
         return []
     block = header["settings"].get("block", 64)
     lines = [
-        f"divergence  {header['kl']:.4g} nats, {header['trials']} trials",
+        f"divergence  {header['kl']:.4g} nats, {header['trials']} trials{judged_of(header)}",
         "",
         f"gates of heads 0 to {tensors['window'].shape[1] - 1}: window + columns, or window + "
         f"blocks x {block}; a share of the input comes on top",
