@@ -17,9 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 
 import soak
 import vllm_compare
+import vllm_equal
 
 from dynmask import MaskCard
 from dynmask.evals.task import Item
+from dynmask.policies import parse
 
 HERE = {"commit": "c", "device": {"name": "d"}}
 
@@ -324,3 +326,32 @@ def test_the_memory_is_drawn(tmp_path, monkeypatch):
     soak.main(["--out", str(tmp_path), "--draw", str(picture)])
     assert [row["case"] for row in drawn] == ["soak m vllm"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+# the same tokens as transformers
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_answers_of_both_are_compared(tmp_path, monkeypatch, capsys, broken):
+    def as_transformers(question, spec, folder, limit):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(question["model"]).eval()
+        tokens = vllm_equal.of_transformers(model, question["prompts"], parse(spec))
+        if broken:
+            tokens[1] = [7, *tokens[1][1:]]
+        return tokens, "0"
+
+    monkeypatch.setattr(vllm_equal, "of_vllm", as_transformers)
+    monkeypatch.setattr(vllm_equal, "require_vllm", lambda recipe: None)
+    out = tmp_path / "vllm_equal.jsonl"
+    call = ["--smoke", "--device", "cpu", "--only", "streaming", "--out", str(out)]
+    if broken:
+        with pytest.raises(SystemExit, match="others under streaming"):
+            vllm_equal.main(call)
+    else:
+        vllm_equal.main(call)
+    row = json.loads(out.read_text())
+    assert (row["n"], row["same"], len(row["apart"])) == ((3, 2, 1) if broken else (3, 3, 0))
+    assert row["unlike_full"] == 3 and row["policy"] == "streaming:sinks=4,window=256"
+    assert "of 3 answers the same" in capsys.readouterr().out
