@@ -199,22 +199,8 @@ def run(
     policy = case.policy and case.policy.replace("SHORT", str(asked["short"]))
     question = folder / f"{case.name}.json"
     question.write_text(json.dumps(asked | {"policy": policy, "whole": case.whole}))
-    environment = dict(os.environ)
-    paths = [str(ROOT / "src"), str(ROOT), str(write_entry_points(folder))]
-    if environment.get("PYTHONPATH"):
-        paths.append(environment["PYTHONPATH"])
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # the engine runs in its own process and nothing is fetched: no network is needed
-    environment.setdefault("VLLM_HOST_IP", "127.0.0.1")
-    environment.setdefault("HF_HUB_OFFLINE", "1")
-    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-    for name in ("DYNMASK_CARD", "DYNMASK_POLICY", "DYNMASK_PHASE"):
-        environment.pop(name, None)
-    if policy is not None:
-        environment["DYNMASK_POLICY"] = policy.replace("CARD", str(card))
-    if asked["cpu"]:
-        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    own = None if policy is None else policy.replace("CARD", str(card))
+    environment = environment_of(own, folder, asked["cpu"])
     command = [sys.executable, __file__, "--engine", str(question)]
     print(f"{case.name}: starting", flush=True)
     process = subprocess.Popen(
@@ -239,6 +225,27 @@ def run(
         said = "".join(tail)
         print(f"{case.name} FAILED ({code}; limit {asked['limit']} s):\n{said}", flush=True)
     return code == 0
+
+
+def environment_of(policy: str | None, folder: Path, cpu: bool) -> dict[str, str]:
+    """The environment of an engine's process: this one's, the plugin of this checkout, a policy."""
+    environment = dict(os.environ)
+    paths = [str(ROOT / "src"), str(ROOT), str(write_entry_points(folder))]
+    if environment.get("PYTHONPATH"):
+        paths.append(environment["PYTHONPATH"])
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # the engine runs in its own process and nothing is fetched: no network is needed
+    environment.setdefault("VLLM_HOST_IP", "127.0.0.1")
+    environment.setdefault("HF_HUB_OFFLINE", "1")
+    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    for name in ("DYNMASK_CARD", "DYNMASK_POLICY", "DYNMASK_PHASE"):
+        environment.pop(name, None)
+    if policy is not None:
+        environment["DYNMASK_POLICY"] = policy
+    if cpu:
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    return environment
 
 
 def write_entry_points(folder: Path) -> Path:

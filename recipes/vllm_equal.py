@@ -7,10 +7,10 @@
 Each policy gets an engine of its own, which answers prompts of several lengths in one batch; two of
 them begin alike, so that the second finds a cached prefix where the policy allows one. transformers
 answers them one by one under the same policy. What is compared is every answer up to the end of its
-line; a row of ``benchmarks/results/vllm_equal.jsonl`` says how many answers are the
-same, how many are right, and how many full attention answers otherwise (so that the comparison says
-something). In float32 all are the same (the tests); in bfloat16, on a GPU, two kernels round apart,
-and where two tokens are nearly as likely as each other an answer may part.
+line; a row of ``benchmarks/results/vllm_equal.jsonl`` says how many answers are the same, how many
+are right, and how many full attention answers otherwise (so that it says something). In float32 all
+are the same (the tests); in bfloat16, on a GPU, two kernels round apart, and where two tokens are
+nearly as likely as each other an answer may part.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "recipes"), str(ROOT), str(ROOT / "src")]
 
-from vllm_compare import require_vllm, write_entry_points  # noqa: E402
+from vllm_compare import environment_of, require_vllm  # noqa: E402
 
 from benchmarks.headline import rows_of, write_rows  # noqa: E402
 from dynmask.evals.generation import attend, greedy, needed_cache  # noqa: E402
@@ -55,7 +55,7 @@ Row = dict[str, Any]
 
 
 def prompts_of(tokenizer: Any, lengths: tuple[int, ...]) -> list[tuple[list[int], Any]]:
-    """Token ids of a needle at each length, the last once more with another question mark."""
+    """Token ids of a needle at each length, the last once more without its last token."""
     found = [
         (tokenizer(item.prompt, add_special_tokens=False).input_ids, item)
         for length in lengths
@@ -79,17 +79,10 @@ def of_vllm(question: Row, spec: str, folder: Path, limit: int) -> tuple[list[li
     """Greedy answers of an engine in a process of its own, and its version."""
     path = folder / "question.json"
     path.write_text(json.dumps(question))
-    plugins = str(write_entry_points(folder))
-    paths = [str(ROOT / "src"), str(ROOT), plugins, *filter(None, [os.environ.get("PYTHONPATH")])]
-    own = {
-        "PYTHONPATH": os.pathsep.join(paths), "DYNMASK_POLICY": spec,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
-    }  # fmt: skip
-    asked = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
-    left = {k: v for k, v in os.environ.items() if not k.startswith("DYNMASK_")}
+    own = environment_of(spec, folder, question["cpu"])
     command = [sys.executable, __file__, "--engine", str(path)]
     done = subprocess.run(
-        command, env=asked | left | own, capture_output=True, text=True, timeout=limit, check=False
+        command, env=own, capture_output=True, text=True, timeout=limit, check=False
     )
     told = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not told:

@@ -10,7 +10,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .common import OK, add_model_options, check_output_folder, load, positive, read_text, say
+from .common import (
+    OK,
+    add_model_options,
+    check_output_folder,
+    load,
+    positions_of,
+    positive,
+    read_text,
+    say,
+)
 
 __all__ = ["DESCRIPTION", "EPILOG", "HELP", "add_arguments", "documents", "run"]
 
@@ -340,7 +349,7 @@ def _pieces(
     sources = list(texts(arguments.text, arguments.field))
     check_output_folder(arguments.out)
     model, tokenizer = load(arguments)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or wanted[-1]
+    limit = positions_of(model) or wanted[-1]
     pieces: list[Any] = []
     lengths: list[int] = []
     for length in wanted:

@@ -253,6 +253,11 @@ def load(arguments: argparse.Namespace, policies: Iterable[Any] = ()) -> tuple[A
     return model.to(device).eval(), tokenizer
 
 
+def positions_of(model: Any) -> int | None:
+    """How many positions a model was made for; None where it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def _no_model(name: str, error: Exception) -> ValueError:
     """The error about a model that cannot be loaded."""
     return ValueError(

@@ -19,6 +19,7 @@ from .common import (
     check_output_folder,
     load,
     policy_label,
+    positions_of,
     positive,
     read_prompt,
     read_text,
@@ -437,7 +438,7 @@ class _Files:
 
 
 def _warn_of_length(model: Any, arguments: argparse.Namespace) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(model)
     lengths: Sequence[int] = arguments.length or [DEFAULT_LENGTH]
     own = arguments.task == "longeval" or arguments.task.startswith(HARNESS)
     if limit is not None and max(lengths) > limit and not own:

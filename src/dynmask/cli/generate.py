@@ -17,6 +17,7 @@ from .common import (
     add_model_options,
     add_prompt_options,
     load,
+    positions_of,
     positive,
     read_prompt,
     resolve_policy,
@@ -110,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     if policy is not None:
         check_policies(model, {arguments.policy: policy})
     tokens = ids.shape[1]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(model)
     if limit is not None and tokens + arguments.max_new_tokens > limit:
         say(f"note: {tokens} tokens and {arguments.max_new_tokens} new ones are beyond the {limit} "
             "positions the model was made for")  # fmt: skip

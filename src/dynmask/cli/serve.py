@@ -103,14 +103,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise RuntimeError("dynmask serve needs vLLM: pip install 'dynmask[vllm]'")
     policy = _policy(arguments)
     _check(arguments.model, policy)
-    command = command_of(arguments, policy, passed_on, gpu=_has_gpu())
+    gpu = _has_gpu()
+    command = command_of(arguments, policy, passed_on, gpu)
     own = {"DYNMASK_POLICY": policy}
     if arguments.phase is not None:
         own["DYNMASK_PHASE"] = arguments.phase
     assignments = [f"{name}={shlex.quote(value)}" for name, value in own.items()]
     line = " ".join([*assignments, shlex.join(command)])
     if arguments.print_only:
-        if not _has_gpu():
+        if not gpu:
             say("[printed where there is no GPU: on one, add --attention-backend CUSTOM]")
         print(line)
         return 0
