@@ -5,6 +5,7 @@ A test runs ``text()`` and compares, so a number in README cannot part from its 
 """
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -75,7 +76,8 @@ def reference() -> str:
     gated = [r for r in rows_of(RESULTS / "generator_tasks.jsonl") if r["policy"] in GATED]
     gated = [r for r in gated if r["model"] == MODEL.name and r["task"] in tasks]
     cells |= {(r["policy"], r["task"]): r for r in gated}
-    for policy in [*policies, *(name for name in GATED if any(name in cell for cell in cells))]:
+    named = {r["policy"] for r in gated}
+    for policy in [*policies, *(name for name in GATED if name in named)]:
         row = " | ".join(_cell(cells.get((policy, task))) for task in tasks)
         lines.append(f"| {policy} | {row} |")
     if gated:
@@ -513,6 +515,28 @@ def goals(number: int = 2) -> str:
     return "\n".join(lines)
 
 
+def perplexities(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[float]]:
+    """Those of each (size, mixer), one a seed, by the best of the grid's rates."""
+    best: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        if "perplexity" in row:
+            seeds = best.setdefault((row["size"], row["mixer"]), {})
+            seeds[row["seed"]] = min(seeds.get(row["seed"], math.inf), row["perplexity"])
+    return {name: [seeds[seed] for seed in sorted(seeds)] for name, seeds in best.items()}
+
+
+def scaling() -> str:
+    """Perplexity of each mixer at each size, a number for each seed."""
+    found = perplexities(rows_of(RESULTS / "scaling.jsonl"))
+    mixers = list(dict.fromkeys(mixer for _, mixer in found))
+    lines = [f"| size | {' | '.join(mixers)} |", "|---|" + "---|" * len(mixers)]
+    for size in dict.fromkeys(size for size, _ in found):
+        values = [found.get((size, mixer), []) for mixer in mixers]
+        cells = [", ".join(f"{x:.1f}" for x in own) or "-" for own in values]
+        lines.append(f"| {size} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _ms(row: dict[str, Any]) -> str:
     """A time, marked when it was not measured but extrapolated."""
     if "median_s" not in row:
@@ -542,6 +566,7 @@ TABLES = {
     "gpu": gpu,
     "gpu-full": gpu_full,
     "goals": goals,
+    "scaling": scaling,
     "goals-dma": lambda: goals(3),
     "goals-generator": lambda: goals(4),
     "goals-long": lambda: goals(5),

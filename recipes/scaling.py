@@ -33,6 +33,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from train_reference import load_corpus, save_corpus
 
+from benchmarks.tables import perplexities
+
 TOKENIZER = ROOT / "models" / "dynmask-reference" / "tokenizer.json"
 RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1)
@@ -179,19 +181,9 @@ def order(options: argparse.Namespace, results: list[dict[str, Any]]) -> list[Ce
     return [c for c in [*grid, *rest] if c.key not in done]
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[float]]:
-    """Return the perplexities of each (size, mixer), one a seed, the better of the grid's rates."""
-    best: dict[tuple[str, str], dict[int, float]] = {}
-    for row in rows:
-        if "perplexity" in row:
-            seeds = best.setdefault((row["size"], row["mixer"]), {})
-            seeds[row["seed"]] = min(seeds.get(row["seed"], math.inf), row["perplexity"])
-    return {name: [seeds[s] for s in sorted(seeds)] for name, seeds in best.items()}
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """Return a markdown table: mean over seeds, and each of them where there are several."""
-    found = summary(rows)
+    found = perplexities(rows)
     lines = ["| size | " + " | ".join(MIXERS) + " |", "|" + "---|" * (1 + len(MIXERS))]
     for size in SIZES:
         cells = []
@@ -216,7 +208,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6, 4))
-    found = summary(rows)
+    found = perplexities(rows)
     count = {(row["size"], row["mixer"]): row["parameters"] for row in rows if "parameters" in row}
     for index, mixer in enumerate(MIXERS):
         points = sorted((count[s, m], v) for (s, m), v in found.items() if m == mixer)
