@@ -254,8 +254,8 @@ def test_no_list_of_blocks_is_longer_than_it_is_said_to_be(window, queries, monk
 
 def test_blocks_grow_with_the_input_by_their_share():
     gates = gates_of([[4, 4]], [[0, 3]], [[0.1, 0.1]], [[2, 0]])
-    assert [x.tolist() for x in gates.of(0, 160, 8)] == [[4, 4], [0, 19], [4, 0]]
-    assert [x.tolist() for x in gates.of(0, 8, 8)] == [[4, 4], [0, 3], [1, 0]]
+    assert [x.tolist() for x in gates.of(0, 160, 8)] == [[4, 4], [0, 19], [4, 0], [0, 0]]
+    assert [x.tolist() for x in gates.of(0, 8, 8)] == [[4, 4], [0, 3], [1, 0], [0, 0]]
 
 
 def test_few_scores_at_a_time_choose_the_same_blocks(monkeypatch):
@@ -318,7 +318,10 @@ def test_padded_batches_of_mixed_layers_are_each_sequence_alone():
 def test_columns_beside_blocks_are_refused():
     with pytest.raises(ValueError, match="columns or blocks.*Pass columns=0"):
         parse("gated:blocks=4")
-    with pytest.raises(ValueError, match="columns or blocks of a map, received both for layer 0"):
+    with pytest.raises(
+        ValueError,
+        match="columns, blocks or kept of a map, received columns and blocks for layer 0",
+    ):
         gates_of([[3, 3]], [[0, 2]], blocks=[[1, 1]])
     with pytest.raises(ValueError, match="query_pool that divides 64"):
         Gated(query_pool=3)
@@ -333,10 +336,10 @@ def test_a_columns_bias_is_its_worth_beside_that_of_the_best(keys, queries, pool
     query, key, value = tensors(keys, queries)
     gates = gates_of([[3, 7, 4, INF]], [[5, 9, 0, 0]])
     policy = Gated(sinks=2, last=5, least=1e-3, pool=pool, gates=gates, soft=True, strength=0.5)
-    mask, bias = policy.biased(query, key, Layer(0))
+    mask, bias = policy.biased(query, key, value, Layer(0))
     hard = replace(policy, soft=False)
     assert torch.equal(mask.death, hard(query, key, value, Layer(0)).death)
-    assert hard.biased(query, key, Layer(0))[1] is None
+    assert hard.biased(query, key, value, Layer(0))[1] is None
     columns = mask.death == INF
     columns[..., :2] = False
     columns &= (torch.tensor([3, 7, 4, INF]) < INF)[:, None]
@@ -357,11 +360,11 @@ def test_a_columns_bias_is_its_worth_beside_that_of_the_best(keys, queries, pool
 
 
 def test_worthless_columns_have_a_finite_bias():
-    query, key, _ = tensors(40, 40)
+    query, key, value = tensors(40, 40)
     policy = Gated(sinks=0, window=60, columns=9, least=0.0, last=4, soft=True)
     gates = gates_of([[39, 39, 39, 39]], [[9, 9, 9, 9]])
     for some in (replace(policy, window=39), replace(policy, gates=gates)):
-        _, bias = some.biased(query * 100, key, Layer(0))
+        _, bias = some.biased(query * 100, key, value, Layer(0))
         assert torch.isfinite(bias).all()
 
 
@@ -1130,7 +1133,7 @@ def test_what_is_no_column_has_no_bias():
     """Whatever ``least`` allows: sinks and the window are read anyway."""
     query, key = 3 * torch.randn(1, 2, 40, 8), 3 * torch.randn(1, 2, 40, 8)
     policy = Gated(sinks=2, window=4, columns=40, least=0.0, soft=True)
-    _, bias = policy.biased(query, key, Layer(0))
+    _, bias = policy.biased(query, key, key, Layer(0))
     assert (bias[..., -4:] == 0).all() and (bias[..., :2] == 0).all()
 
 

@@ -332,9 +332,9 @@ def test_one_causal_mask_serves_all_layers_that_read_every_key(monkeypatch):
         made.append(args)
         return causal(cls, *args, **kwargs)
 
-    def heard(self, query, key, layer):
+    def heard(self, query, key, value, layer):
         asked.append((layer.index, key.shape[2]))
-        return biased(self, query, key, layer)
+        return biased(self, query, key, value, layer)
 
     monkeypatch.setattr(LifetimeMask, "causal", classmethod(counted))
     monkeypatch.setattr(Gated, "biased", heard)

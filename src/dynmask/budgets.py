@@ -206,7 +206,9 @@ def calibrate_gates(
         "kept_mass": mass[which].mean(0).tolist(),
         "least_mass": mass.amin(0).tolist(),
     }
-    tensors = {item.name: getattr(gates, item.name) for item in fields(gates)}
+    # a card without score heads has no table of what they keep, as before there were any
+    tables = [item.name for item in fields(gates) if item.name != "kept" or gates.kept.any()]
+    tensors = {name: getattr(gates, name) for name in tables}
     if judge.encoders is not None:
         header["encoder"] = figures
         for layer, encoder in enumerate(judge.encoders):

@@ -194,6 +194,11 @@ class _Meter:
         self.density: list[list[Tensor]] = [[] for _ in range(layers)]
         self.mass: list[list[Tensor]] = [[] for _ in range(layers)]
 
+    @property
+    def scored(self) -> bool:
+        """Whether the policy looks at keys before rotation."""
+        return self.policy.scored
+
     def check(self, layers: int, heads: int, kv_heads: int) -> None:
         """Fits what the policy fits."""
         self.policy.check(layers, heads, kv_heads)

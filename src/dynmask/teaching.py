@@ -22,7 +22,8 @@ from dynmask.errors import bad
 from dynmask.masks import LifetimeMask
 from dynmask.nn import Retention, retention_loss_of
 from dynmask.policies.base import AnyModel, Layer
-from dynmask.policies.retained import score_keys, score_module
+from dynmask.policies.retained import score_module
+from dynmask.policies.scoring import score_keys
 
 if TYPE_CHECKING:
     from dynmask.retrofit import RetainedSettings

@@ -114,6 +114,11 @@ class Recorder:
         """When the policy is asked."""
         return "prefill" if for_prompts_alone(self.policy) else "both"
 
+    @property
+    def scored(self) -> bool:
+        """Whether the policy says that it looks at keys before rotation."""
+        return bool(getattr(self.policy, "scored", False))
+
     def check(self, layers: int, heads: int, kv_heads: int) -> None:
         """Raise ``ValueError`` when the policy does not fit such a model."""
         self.policy.check(layers, heads, kv_heads)

@@ -14,7 +14,7 @@ from ..cache import Live
 from ..errors import bad
 from ..masks import LifetimeMask, Mask, MixedMask, PlacedMask
 from ..policies import Gated, Layer
-from ..policies.base import Glancing, evicts
+from ..policies.base import Glancing, looks_before_rotation
 from ..policies.blocks import Pools
 from .asking import ask, chooses, compute
 from .cache import BoundedCache
@@ -39,6 +39,7 @@ class Site(NamedTuple):
         call: what else the module was called with, for policies whose cache drops keys.
         heads: query heads that are asked about; None for all of the layer.
         pools: from batch rows to what a cache knows of their keys, see ``Layer.pools``.
+        scores: of the call's keys, [b, g, n], where they are known, see ``Layer.scores``.
     """
 
     module: nn.Module
@@ -50,6 +51,7 @@ class Site(NamedTuple):
     call: Call
     heads: Heads | None = None
     pools: Callable[[slice], Pools] | None = None
+    scores: Tensor | None = None
 
     def pools_of(self, rows: slice) -> Pools | None:
         """What a cache knows of the keys of some batch rows."""
@@ -156,7 +158,8 @@ class Adapter:
             k, v = _part(key, batches, span.keys), _part(value, batches, span.keys)
             unrotate = unrotate_of(site.module, site.call, batches, span.queries, first_key)
             tell, pools = partial(self._hear, site, phase), site.pools_of(batches)
-            layer = Layer(site.index, first_key, unrotate, tell, pools)
+            scores = None if site.scores is None else site.scores[batches, :, span.keys]
+            layer = Layer(site.index, first_key, unrotate, tell, pools, scores)
             mask, bias = self._ask(site, phase, layer, q, k, v)
             self._measure(site, phase, mask, first_key, q, k)
             masks.append(mask)
@@ -353,7 +356,7 @@ def check_one_sequence(positions: Tensor | None, queries: int) -> None:
 
 def _call_for(policy: Any, module: nn.Module) -> Call:
     """What a module is being called with, where there is a cache that drops keys under a policy."""
-    if evicts(policy):
+    if looks_before_rotation(policy):
         return take_call(module)
     if not isinstance(policy, Gated):
         return NO_CALL

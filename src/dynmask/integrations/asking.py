@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..attention import attention
+from ..errors import bad
 from ..masks import LifetimeMask, Mask
 from ..plan import Plan
 from ..policies import Causal, Gated, Layer
@@ -32,6 +33,11 @@ def _reads_all(policy: Any, keys: int) -> bool:
     if isinstance(policy, Gated):
         return keys <= policy.dense_up_to
     return isinstance(policy, Causal)
+
+
+def _keeps(policy: Any, index: int) -> bool:
+    """Whether some maps of a layer, beside others, keep by score."""
+    return isinstance(policy, Gated) and policy.keeps(index)
 
 
 def ask(
@@ -64,6 +70,12 @@ def ask(
     keys, queries = key.shape[2], query.shape[2]
     limited = window is not None and keys > window
     by_score = chooses(policy, layer.index)
+    if window is not None and _keeps(policy, layer.index):
+        raise bad(
+            "gated", f"no maps that keep by score in layer {layer.index}",
+            f"some, under the model's own window of {window} keys",
+            "Such a layer is bounded already: give its maps a window.",
+        )  # fmt: skip
     dense = (
         _reads_all(policy, keys)
         or (phase == "decode" and for_prompts_alone(policy))
@@ -94,7 +106,7 @@ def ask(
     else:
         with torch.no_grad():
             if getattr(policy, "soft", False):
-                mask, bias = policy.biased(query.detach(), key.detach(), layer)
+                mask, bias = policy.biased(query.detach(), key.detach(), value.detach(), layer)
             else:
                 mask = policy(query.detach(), key.detach(), value.detach(), layer)
     if not isinstance(mask, Mask) or (mask.keys, mask.queries) != (keys, queries):

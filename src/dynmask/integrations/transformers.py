@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from ..attention import choose
 from ..masks import Mask
 from ..policies import Gated
-from ..policies.base import evicts
+from ..policies.base import evicts, looks_before_rotation
 from .adapter import Adapter, Site
 from .calls import note_call
 from .checks import (
@@ -210,9 +210,10 @@ class Run(Adapter):
             if isinstance(module, PreTrainedModel):
                 self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         modules = attention_modules(self.model)
-        if bounded:
+        scored = looks_before_rotation(self.policy)
+        if scored:
             learn_rotaries(self.model, modules)
-        if bounded or gated:
+        if scored or gated:
             note: Any = note_call
             for module in modules:
                 self._hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))

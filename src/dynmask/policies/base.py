@@ -31,6 +31,8 @@ class Layer:
         pools: from kv heads side by side, a slice of those of this call, to a summary of all
             their keys that a cache has carried along, or None for heads that have none. None
             where no cache carries any.
+        scores: float32 [b, g, n], what the policy's own scores of the call's keys are, from where
+            they were made before; None where the policy is to make them.
     """
 
     index: int
@@ -40,6 +42,7 @@ class Layer:
     pools: Callable[[slice], BlockSummary | None] | None = field(
         default=None, compare=False, repr=False
     )
+    scores: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @runtime_checkable
@@ -103,6 +106,11 @@ def evicts(policy: Any) -> bool:
         and getattr(policy, "scores", None) is not None
         and getattr(policy, "bias", None) is not None
     )
+
+
+def looks_before_rotation(policy: Any) -> bool:
+    """Whether a policy scores keys, as they were before rotation: it evicts, or says so."""
+    return evicts(policy) or bool(getattr(policy, "scored", False))
 
 
 @runtime_checkable

@@ -8,18 +8,20 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..encoder import BlockEncoder
 from ..errors import bad
 from ..kernels import ops
 from ..kernels.worth import key_worth
 from ..masks import LifetimeMask, Mask, MixedMask
+from ..scores import PairScore
 from .base import Layer, check_field, last_rows, own_heads
 from .blocks import BlockChoice
 from .gates import Gates
 from .guard import GUARD_ROWS, guarded, widened
 from .kept import sampled_rows
+from .scoring import ScoreModules
 
 KEPT_POOL = 15
 """Neighbours that are kept together, at least: seven on either side, an answer of some tokens."""
@@ -48,10 +50,17 @@ def spread(worth: Tensor, pool: int) -> Tensor:
     return out
 
 
+def _run(numbers: list[int]) -> slice | list[int]:
+    """Numbers as an index: a slice where they follow each other, which copies nothing."""
+    first, stop = numbers[0], numbers[-1] + 1
+    return slice(first, stop) if numbers == list(range(first, stop)) else numbers
+
+
 @dataclass(frozen=True)
 class Gated:
     """Sinks, a window, and the columns that the newest queries look at, each as wide as the gate
-    of the map allows; or, where a gate says so, blocks that each query block chooses for itself.
+    of the map allows; or, where a gate says so, blocks that each query block chooses for itself,
+    or the keys that a learned score keeps.
 
     A key's worth is the largest probability it gets from one of the last queries of a call (the
     question, in a prompt; the query itself where decoded tokens choose). The most worthy keys
@@ -63,6 +72,10 @@ class Gated:
     Where what is asked for changes along the input, the newest queries cannot choose for all.
     Maps with ``blocks`` read sinks and window in whole blocks, and those key blocks that pools of
     keys promise most attention to the pools of the query block (:mod:`dynmask.encoder`).
+
+    Maps whose gate says ``kept`` evict by score, as :class:`dynmask.policies.Retained` does: beside
+    sinks and window they read the keys that score best of those that have left the window. No
+    query chooses these, and what is evicted never returns, so a ``dynmask.GatedCache`` frees it.
 
     Args:
         sinks: first keys that are always read.
@@ -79,6 +92,8 @@ class Gated:
         block: positions in a block, of queries and of keys.
         query_pool, key_pool: positions in a pool; they divide ``block``.
         gates: numbers for each map; they replace window, columns, share and blocks.
+        scores: for each layer the module that scores its keys, a ``dynmask.nn.PairScore``, or None
+            where no map keeps by score; None for no layer.
         encoders: what was trained to score blocks, for each layer or None; the estimate from
             pools alone where there is none.
         soft: add to the logits of a map's columns the logarithm of their worth over that of its
@@ -96,8 +111,10 @@ class Gated:
             query, and may lose what the prompt's 256 found. "select" chooses columns anew from all
             keys for every token. "keep" leaves those that the prompt's last queries chose, so that
             a ``dynmask.GatedCache``, which it needs, can drop the other keys. Under both, blocks
-            are chosen anew. As what follows a key that is found is asked for later, the choice of
-            "keep" takes its neighbours along: ``pool`` is at least ``KEPT_POOL``.
+            are chosen anew, and maps that keep by score go on evicting, with the lifetimes that the
+            whole text would have in a prompt. As what follows a key that is found is asked for
+            later, the choice of "keep" takes its neighbours along: ``pool`` is at least
+            ``KEPT_POOL``.
         dense_up_to: inputs of so many keys are read whole, for choosing among few costs a GPU
             more than it saves (``docs/generator.md``). No cache drops keys then.
         card: the MaskCard that the gates come from; other models than its own are refused.
@@ -115,6 +132,7 @@ class Gated:
     query_pool: int = 8
     key_pool: int = 8
     gates: Gates | None = field(default=None, compare=False)
+    scores: tuple[nn.Module | None, ...] | None = field(default=None, compare=False, repr=False)
     guard: float | None = None
     promise: Tensor | None = field(default=None, compare=False)
     encoders: tuple[BlockEncoder | None, ...] | None = field(default=None, compare=False)
@@ -140,6 +158,9 @@ class Gated:
         if self.decode not in ("full", "select", "keep"):
             raise bad("gated: decode", "'full', 'select' or 'keep'", repr(self.decode))
         self._check_kinds()
+        if self.scores is not None:
+            object.__setattr__(self, "scores", tuple(self.scores))
+            object.__setattr__(self, "_modules", ScoreModules(self.scores))
         if self.guard is not None:
             check_field(self.name, "guard", self.guard, 0 <= self.guard <= 1, "in [0, 1]")
             if self.promise is None:
@@ -203,6 +224,37 @@ class Gated:
                     f"{len(self.encoders)} of {sizes[:1]}",
                     "Calibrate this model.",
                 )
+        self._check_scores(layers, kv_heads)
+
+    def _check_scores(self, layers: int, kv_heads: int) -> None:
+        """Raise ValueError where maps keep by scores that nothing gives to each kv head."""
+        scores = self.scores
+        if scores is not None and len(scores) != layers:
+            raise bad(
+                "gated", f"a score module or None for each of {layers} layers", len(scores),
+                "Calibrate this model.",
+            )  # fmt: skip
+        for layer in range(layers):
+            module = None if scores is None else scores[layer]
+            if module is None and self.keeps(layer):
+                raise bad(
+                    "gated", f"a score module for layer {layer}, whose maps keep by score", "none",
+                    "Pass scores, or a card made by dynmask calibrate --policy gated --scores.",
+                )  # fmt: skip
+            if module is None:
+                continue
+            if not isinstance(module, PairScore):
+                raise bad(
+                    "gated",
+                    "scores that each kv head has from its own keys and values (PairScore)",
+                    type(module).__name__,
+                    "Calibrate the score heads with head='pair'.",
+                )
+            if len(module.w_in) != kv_heads:
+                raise bad(
+                    "gated", f"scores of {kv_heads} kv heads in layer {layer}", len(module.w_in),
+                    "Calibrate this model.",
+                )  # fmt: skip
 
     def rows_read(self, queries: int, layer: int) -> list[int] | None:
         """The last ones and those of the guard; all where a map chooses blocks."""
@@ -214,9 +266,11 @@ class Gated:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Mask:
         """What each head reads: lifetimes, key blocks, or some heads the one, some the other."""
-        return self.biased(query, key, layer)[0]
+        return self.biased(query, key, value, layer)[0]
 
-    def biased(self, query: Tensor, key: Tensor, layer: Layer) -> tuple[Mask, Tensor | None]:
+    def biased(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: Layer
+    ) -> tuple[Mask, Tensor | None]:
         """The mask, and what ``soft`` adds to the logits of keys: float32 [b, h, keys], or None."""
         if self.decode == "keep" and query.shape[2] == 1 < key.shape[2]:
             raise bad(
@@ -227,10 +281,13 @@ class Gated:
             )
         if key.shape[2] <= self.dense_up_to:
             return LifetimeMask.causal(key.shape[2], query.shape[2], device=key.device), None
+        scores = self._scores(key, value, layer)
         if self.guard is None or self.promise is None or query.shape[2] < GUARD_ROWS:
-            return self._mask(query, key, layer)
+            return self._mask(query, key, scores, layer)
         least = self.promise[layer.index].cpu() - self.guard
-        made, factor = guarded(query, key, least, lambda f: self._mask(query, key, layer, f))
+        made, factor = guarded(
+            query, key, least, lambda f: self._mask(query, key, scores, layer, f)
+        )
         if factor is not None and layer.tell is not None:
             layer.tell("widened", factor)
         return made
@@ -255,10 +312,10 @@ class Gated:
         return [self.window] * heads if self.gates is None else self.gates.window[layer].tolist()
 
     def chooses(self, layer: int, heads: int) -> list[bool]:
-        """Which query heads of a layer choose columns or blocks."""
+        """Which query heads of a layer choose columns or blocks, or keep by score."""
         if self.gates is None:
             return [self.columns > 0 or self.share > 0 or self.blocks > 0] * heads
-        tables = (self.gates.columns, self.gates.share, self.gates.blocks)
+        tables = (self.gates.columns, self.gates.share, self.gates.blocks, self.gates.kept)
         return torch.stack([table[layer] > 0 for table in tables]).any(0).tolist()
 
     def chooses_blocks(self, layer: int, heads: int) -> list[bool]:
@@ -266,6 +323,31 @@ class Gated:
         if self.gates is None:
             return [self.blocks > 0] * heads
         return (self.gates.blocks[layer] > 0).tolist()
+
+    @property
+    def scored(self) -> bool:
+        """Whether some map keeps by score: then keys are looked at as they were before rotation."""
+        return self.gates is not None and bool(self.gates.kept.any())
+
+    def keeps(self, layer: int) -> bool:
+        """Whether some map of a layer keeps by score."""
+        return self.gates is not None and bool(self.gates.kept[layer].any())
+
+    def lives(self, layer: int, heads: int, kv_heads: int) -> list[tuple[int, int] | None]:
+        """Of each kv head whose keys live and die by its score alone its window and its kept keys.
+
+        All query heads of its group read the same then; None for other kv heads.
+        """
+        if self.gates is None or self.decode == "full" or self.dense_up_to:
+            return [None] * kv_heads
+        pairs = zip(self.gates.window[layer].tolist(), self.gates.kept[layer].tolist(), strict=True)
+        members, found = heads // kv_heads, list(pairs)
+        groups = (set(found[g * members : (g + 1) * members]) for g in range(kv_heads))
+        return [
+            own if len(group) == 1 and own[1] and own[0] < LifetimeMask.INF else None
+            for group in groups
+            for own in [next(iter(group))]
+        ]
 
     def reads_blocks(self, layer: int, heads: int, kv_heads: int) -> list[bool]:
         """Which kv heads of a layer read blocks, and beside them windows and sinks alone."""
@@ -276,11 +358,16 @@ class Gated:
         return (narrow.all(-1) & blocks.any(-1)).tolist()
 
     def frees(self, layer: int, heads: int, kv_heads: int) -> list[bool]:
-        """Which kv heads of a layer have keys that none of their query heads reads again."""
+        """Which kv heads of a layer have keys that none of their query heads reads again.
+
+        Without those that :meth:`lives` names, which a score tells.
+        """
         free = torch.tensor(self.windows(layer, heads)) < LifetimeMask.INF
         free &= torch.tensor(self.dense_up_to == 0 and self.decode != "full")
         anew = self.chooses_blocks if self.decode == "keep" else self.chooses
         free &= ~torch.tensor(anew(layer, heads))
+        if self.gates is not None:
+            free &= self.gates.kept[layer] == 0
         return free.view(kv_heads, -1).all(-1).tolist()
 
     def of_shard(self, rank: int, ranks: int) -> Gated:
@@ -299,13 +386,14 @@ class Gated:
         With ``keys`` that of a sequence of so many keys, whatever is left of them.
         """
         gates, promise, encoders, own = self.gates, self.promise, self.encoders, list(heads)
+        scores = self._scores_of(own)
         if gates is not None:
             gates = Gates(*(getattr(gates, item.name)[:, own] for item in fields(gates)))
         if promise is not None:
             promise = promise[:, own]
         if encoders is not None:
             encoders = tuple(None if e is None else e.of_heads(own) for e in encoders)
-        policy = replace(self, gates=gates, promise=promise, encoders=encoders)
+        policy = replace(self, gates=gates, promise=promise, encoders=encoders, scores=scores)
         if keys is None:
             return policy
         if gates is not None:
@@ -317,17 +405,57 @@ class Gated:
         columns = int(self.columns + self.share * keys)
         return replace(policy, gates=gates, columns=columns, share=0.0)
 
+    def _scores_of(self, heads: list[int]) -> tuple[nn.Module | None, ...] | None:
+        """The score modules of the kv heads of some query heads, whole groups of them."""
+        if self.scores is None or self.gates is None:
+            return None
+        kept, found = self.gates.kept[:, heads], list[nn.Module | None]()
+        for module, own in zip(self.scores, kept, strict=True):
+            if isinstance(module, PairScore) and bool(own.any()):
+                members = self.gates.window.shape[1] // len(module.w_in)
+                found.append(module.of_heads(sorted({head // members for head in heads})))
+            else:
+                found.append(None)
+        return tuple(found)
+
+    def score(self, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
+        """Score of each key in a layer with maps that keep by score: float32 [b, g, n].
+
+        Args:
+            key: [b, g, n, d] as the layer rotated it.
+            value: [b, g, n, dv].
+            layer: which call of which layer; its ``unrotate`` is of these keys.
+        """
+        return self._modules.scores(key, value, layer)  # type: ignore[attr-defined]
+
+    def _scores(self, key: Tensor, value: Tensor, layer: Layer) -> Tensor | None:
+        """Scores of a call's keys [b, g, keys], known or made; None where no map keeps by them."""
+        if not self.keeps(layer.index):
+            return None
+        if layer.first_key:
+            raise bad(
+                "gated", f"all keys of layer {layer.index}, whose maps keep by score",
+                f"those from position {layer.first_key} on",
+                "A layer with a sliding window of its own is bounded already.",
+            )  # fmt: skip
+        return self.score(key, value, layer) if layer.scores is None else layer.scores
+
     def _mask(
-        self, query: Tensor, key: Tensor, layer: Layer, factor: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        scores: Tensor | None,
+        layer: Layer,
+        factor: Tensor | None = None,
     ) -> tuple[Mask, Tensor | None]:
         """Mask and bias of gates, or of gates so many times as wide: ``factor`` [b, h]."""
         heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
-        window, columns, blocks = self._budgets(layer.index, heads, keys, factor)
+        window, columns, blocks, kept = self._budgets(layer.index, heads, keys, factor)
         if int(window.min()) >= keys:
             return LifetimeMask.causal(keys, queries, device=key.device), None
         own = blocks.any(0).nonzero().flatten().tolist()
         if not own:
-            return self._lifetimes(query, key, layer, window, columns)
+            return self._lifetimes(query, key, scores, layer, window, columns, kept)
         sinks = max(self.sinks - layer.first_key, 0)
         wide = window[:, own].clamp(max=keys)
         choice = self._choice(layer.index, key.device)
@@ -336,7 +464,7 @@ class Gated:
             return chosen, None
         window = window.clone()
         window[:, own] = 0  # the other part reads for them
-        others, bias = self._lifetimes(query, key, layer, window, columns)
+        others, bias = self._lifetimes(query, key, scores, layer, window, columns, kept)
         return MixedMask((others, chosen), tuple(int(head in own) for head in range(heads))), bias
 
     def _choice(self, layer: int, device: torch.device) -> BlockChoice:
@@ -347,13 +475,24 @@ class Gated:
         return BlockChoice(self.block, self.query_pool, self.key_pool, encoder)
 
     def _lifetimes(
-        self, query: Tensor, key: Tensor, layer: Layer, window: Tensor, columns: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        scores: Tensor | None,
+        layer: Layer,
+        window: Tensor,
+        columns: Tensor,
+        kept: Tensor,
     ) -> tuple[LifetimeMask, Tensor | None]:
-        """Window, sinks and columns as deaths [b, h, keys], and the bias of columns.
+        """Window, sinks, columns and kept keys as deaths [b, h, keys], and the bias of columns.
 
         Maps without a window read nothing.
         """
         batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+        if bool((kept > 0).all()):  # one lifetime for each kv head, where its group is alike
+            both = torch.stack([window, kept, columns]).unflatten(2, (key.shape[1], -1))
+            if bool((both == both[..., :1]).all()):
+                window, kept, columns = both[..., 0]
         k = torch.arange(keys, device=key.device)
         width = window.to(key.device, non_blocking=True)[..., None]
         death = (k + width).clamp(max=LifetimeMask.INF)  # int64: the sum may pass INF
@@ -373,28 +512,61 @@ class Gated:
                 score = worth.clamp(min=torch.finfo(worth.dtype).tiny).log()
                 score = (score - score[..., :1]).masked_fill(~keep, 0).float() * self.strength
                 bias = torch.zeros_like(death, dtype=torch.float32).scatter_(-1, chosen, score)
-        reads = int((window + columns).max()) + self.sinks
+        if scores is not None and bool(kept.any()):
+            death = death.clone()
+            self._evict(death, scores, window, kept)
+        reads = int((window + columns + kept).max()) + self.sinks
         return LifetimeMask(death, queries, most=min(keys, reads)), bias
+
+    def _evict(self, death: Tensor, scores: Tensor, window: Tensor, kept: Tensor) -> None:
+        """Write the deaths [b, h, keys] of maps that keep by score.
+
+        Maps of one kv head that keep equally much are ranked once.
+
+        Args:
+            death: int32 [b, h, keys]; h may be the kv heads.
+            scores: [b, g, keys].
+            window, kept: int64 [b or 1, h], on the host; maps whose window holds all keys stay as
+                they are.
+        """
+        (batch, heads, keys), members = death.shape, death.shape[1] // scores.shape[1]
+        alike = len(window) == 1
+        for row in range(1 if alike else batch):
+            rows = slice(0, batch) if alike else slice(row, row + 1)
+            near, many = window[row].tolist(), kept[row].tolist()
+            own = [head for head in range(heads) if many[head] and near[head] < keys]
+            for width in sorted({near[head] for head in own}):
+                maps: dict[tuple[int, int], list[int]] = {}
+                for head in own:
+                    if near[head] == width:
+                        maps.setdefault((head // members, many[head]), []).append(head)
+                some = scores[rows, _run([group for group, _ in maps])]
+                widths = [self.sinks + width + count for _, count in maps]
+                found = LifetimeMask.retained(some, widths, width, self.sinks).death
+                for number, those in enumerate(maps.values()):
+                    death[rows, _run(those)] = found[:, number : number + 1]
 
     def _budgets(
         self, layer: int, heads: int, keys: int, factor: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Window, columns and blocks of each head, on the host: int64 [b or 1, h] each."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Window, columns, blocks and kept of each head, on the host: int64 [b or 1, h] each."""
         number = -(-keys // self.block)
         if self.gates is not None:
-            window, columns, blocks = self.gates.of(layer, keys, self.block)
+            window, columns, blocks, kept = self.gates.of(layer, keys, self.block)
         else:
             window = torch.full((heads,), self.window)
-            columns, blocks = torch.zeros_like(window), torch.zeros_like(window)
+            columns, blocks, kept = (torch.zeros_like(window) for _ in range(3))
             if self.blocks:
                 blocks += min(int(self.blocks + self.share * number), number)
             else:
                 columns += min(int(self.columns + self.share * keys), keys)
         whole = (blocks > 0) & (window + blocks * self.block >= keys)
-        window, blocks = window.masked_fill(whole, LifetimeMask.INF), blocks.masked_fill(whole, 0)
+        whole |= (kept > 0) & (self.sinks + window + kept >= keys)
+        window = window.masked_fill(whole, LifetimeMask.INF)
+        blocks, kept = (x.masked_fill(whole, 0) for x in (blocks, kept))
         if factor is not None:
-            return widened(factor, keys, number, window, columns, blocks)
-        return window[None], columns[None], blocks[None]
+            return widened(factor, keys, number, window, columns, blocks, kept)
+        return window[None], columns[None], blocks[None], kept[None]
 
     def _columns(
         self, query: Tensor, key: Tensor, width: Tensor, first_key: int, most: int

@@ -21,16 +21,22 @@ class Gates:
             block of it (length-elastic).
         blocks: int32, key blocks that each query block chooses, in place of columns; 0 in all
             maps when None.
+        kept: int32, keys that the learned score of the map's kv head keeps besides sinks and
+            window, in place of columns; 0 in all maps when None. A key that leaves the window must
+            be among the best so far, and what is not is never read again: the memory of such a map
+            is bounded, so that no share of the input comes on top.
     """
 
     window: Tensor
     columns: Tensor
     share: Tensor
     blocks: Tensor = None  # type: ignore[assignment]
+    kept: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        if self.blocks is None:
-            object.__setattr__(self, "blocks", torch.zeros_like(self.columns))
+        for name in ("blocks", "kept"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, torch.zeros_like(self.columns))
         for item in fields(self):
             x = getattr(self, item.name)
             kind = torch.float32 if item.name == "share" else torch.int32
@@ -51,12 +57,19 @@ class Gates:
             raise ValueError(
                 f"gates.share: expected shares of at most 1, received {self.share.max().item()}"
             )
-        both = (self.columns > 0) & (self.blocks > 0)
-        if bool(both.any()):
-            layer, head = both.nonzero()[0].tolist()
+        kinds = ("columns", "blocks", "kept")
+        several = torch.stack([getattr(self, name) > 0 for name in kinds]).sum(0) > 1
+        if bool(several.any()):
+            layer, head = several.nonzero()[0].tolist()
+            own = [name for name in kinds if getattr(self, name)[layer, head] > 0]
             raise ValueError(
-                f"gates: expected columns or blocks of a map, received both for layer {layer}, "
-                f"head {head}"
+                f"gates: expected columns, blocks or kept of a map, received "
+                f"{' and '.join(own)} for layer {layer}, head {head}"
+            )
+        if bool(((self.kept > 0) & (self.share > 0)).any()):
+            raise ValueError(
+                "gates: expected no share of maps that keep by score, received some; their memory "
+                "does not grow with the input"
             )
 
     @classmethod
@@ -71,20 +84,28 @@ class Gates:
         return self.window == LifetimeMask.INF
 
     def replaced(
-        self, maps: Tensor, window: int, columns: int = 0, share: float = 0.0, blocks: int = 0
+        self,
+        maps: Tensor,
+        window: int,
+        columns: int = 0,
+        share: float = 0.0,
+        blocks: int = 0,
+        kept: int = 0,
     ) -> Gates:
         """The same gates, but these numbers where ``maps`` (bool [layers, heads]) is True."""
+        numbers = (window, columns, share, blocks, kept)
+        tables = (getattr(self, item.name) for item in fields(self))
         return Gates(
-            torch.where(maps, torch.tensor(window, dtype=torch.int32), self.window),
-            torch.where(maps, torch.tensor(columns, dtype=torch.int32), self.columns),
-            torch.where(maps, torch.tensor(share, dtype=torch.float32), self.share),
-            torch.where(maps, torch.tensor(blocks, dtype=torch.int32), self.blocks),
+            *(
+                torch.where(maps, torch.tensor(number, dtype=table.dtype), table)
+                for number, table in zip(numbers, tables, strict=True)
+            )
         )
 
-    def of(self, layer: int, keys: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Window, columns and blocks of each head of a layer, of so many keys: int64 [h] each.
+    def of(self, layer: int, keys: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Window, columns, blocks and kept of a layer's heads, of so many keys: int64 [h] each.
 
-        ``block`` is the size of a block; columns and blocks are at most what there is.
+        ``block`` is the size of a block; but for the window all are at most what there is.
         """
         share, chooses = self.share[layer].double(), self.blocks[layer] > 0
         wide = (share * keys + self.columns[layer]).long().clamp(max=keys)
@@ -94,4 +115,5 @@ class Gates:
             self.window[layer].long(),
             wide.masked_fill(chooses, 0),
             many.masked_fill(~chooses, 0),
+            self.kept[layer].long().clamp(max=keys),
         )

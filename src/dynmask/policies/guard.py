@@ -32,25 +32,34 @@ STEPS = (2, 4, 8, DENSE)
 
 
 def widened(
-    factor: Tensor, keys: int, number: int, window: Tensor, columns: Tensor, blocks: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Window, columns and blocks of maps [h] that get so many times as wide: [b, h] each.
+    factor: Tensor,
+    keys: int,
+    number: int,
+    window: Tensor,
+    columns: Tensor,
+    blocks: Tensor,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Window, columns, blocks and kept of maps [h] that get so many times as wide: [b, h] each.
 
     A window alone may miss what lies far away, however wide: columns come with it. A map that
-    chooses blocks stays one, and is dense when it chooses all of them.
+    chooses blocks stays one, and is dense when it chooses all of them; one that keeps by score
+    stays one until it is dense.
 
     Args:
         factor: [b, h].
         keys, number: of the input, and of its blocks.
-        window, columns, blocks: int64 [h], blocks above 0 only for maps that choose them.
+        window, columns, blocks, kept: int64 [h], blocks and kept above 0 only for maps that choose
+            by them.
     """
-    times, picks = factor.clamp(min=1), blocks > 0
+    times, picks, scored = factor.clamp(min=1), blocks > 0, kept > 0
     wide, many = (window * times).clamp(max=LifetimeMask.INF), (blocks * times).clamp(max=number)
     dense = factor == DENSE
     many = torch.where(dense & picks, number, many)
     wide = torch.where(dense & ~picks, LifetimeMask.INF, wide)
     more = (torch.maximum(columns, window.clamp(max=keys)) * times).clamp(max=keys)
-    return wide, torch.where((times > 1) & ~picks, more, columns.expand_as(times)), many
+    more = torch.where((times > 1) & ~picks & ~scored, more, columns.expand_as(times))
+    return wide, more, many, (kept * times).clamp(max=keys)
 
 
 def guarded(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,13 +14,10 @@ from ..masks import LifetimeMask
 from ..masks.base import check_whole
 from ..nn import PairScore, Retention, ValueScore
 from .base import Layer, LooksAtNone, own_heads
+from .scoring import ScoreModules
 
 if TYPE_CHECKING:
     from ..card import MaskCard
-
-DECIMALS = 3
-"""Of a score. Scores are logarithms of shares: a thousandth is no difference, and far above what
-float32 rounds off."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +79,7 @@ class Retained(LooksAtNone):
             for width, own in zip(widths, windows, strict=True)
         )
         object.__setattr__(self, "_kept", kept)
-        object.__setattr__(self, "_placed", {})
+        object.__setattr__(self, "_modules", ScoreModules(self.modules))
 
     def check(self, layers: int, heads: int, kv_heads: int) -> None:
         """Raise ValueError unless the modules are for a model of this shape."""
@@ -122,19 +118,8 @@ class Retained(LooksAtNone):
         return self._kept[layer]  # type: ignore[attr-defined]
 
     def scores(self, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
-        """Score of each key: float32 [b, g, n]; key [b, g, n, d] as the layer rotated it.
-
-        ``layer.unrotate`` takes the rotation off; without it keys are taken as they are. Equal
-        tokens have equal scores in the first layer, but for what rotating and the sizes of
-        matrix products round off, which is not the same in prefill and decoding. Scores are
-        rounded, so that they tie and the later key wins in both.
-        """
-        module = self._module(layer.index, key.device)
-        if module is None:
-            return torch.zeros(key.shape[:3], device=key.device)
-        with torch.no_grad():
-            scores = score_keys(module, key, value, layer)
-        return scores.round(decimals=DECIMALS)
+        """Score of each key, float32 [b, g, n]: see :meth:`.scoring.ScoreModules.scores`."""
+        return self._modules.scores(key, value, layer)  # type: ignore[attr-defined]
 
     def bias(self, scores: Tensor, layer: Layer) -> None:
         """Nothing is added to the logits: the model's own attention, over fewer keys."""
@@ -144,22 +129,6 @@ class Retained(LooksAtNone):
         """The lifetimes of a layer's keys."""
         scores = self.scores(key, value, layer)
         return self.retention(layer.index).mask(scores, query.shape[2])
-
-    def _module(self, index: int, device: torch.device) -> nn.Module | None:
-        """A layer's module on a device; made once for each."""
-        placed: dict[tuple[int, torch.device], nn.Module | None] = self._placed  # type: ignore[attr-defined]
-        if (index, device) not in placed:
-            module = self.modules[index]
-            if module is not None and any(p.device != device for p in module.parameters()):
-                module = copy.deepcopy(module).to(device)
-            placed[index, device] = module
-        return placed[index, device]
-
-
-def score_keys(module: nn.Module, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
-    """Scores [b, g, n] of keys as the layer rotated them; turned back where they are looked at."""
-    back = layer.unrotate if getattr(module, "reads_keys", True) else None
-    return module(key if back is None else back(key), value)
 
 
 def score_module(
