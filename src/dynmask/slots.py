@@ -136,6 +136,18 @@ class Slots(Rows):
 
     # going back
 
+    def check_crop(self) -> None:
+        """Raise ValueError where keys were evicted that an earlier state would need."""
+        if not self._tensors:
+            return
+        narrowest = min(self._widths(self.keys.shape[1]))
+        if max(self.seen) > narrowest:
+            raise ValueError(
+                f"crop: expected at most {narrowest} tokens seen, nothing evicted yet, received "
+                f"{max(self.seen)}; evicted keys do not come back: run the prompt again, or keep "
+                "a copy.deepcopy of the cache from before"
+            )
+
     def crop(self, tokens: int) -> None:
         """Forget the newest ``tokens`` tokens of every row.
 
@@ -146,13 +158,7 @@ class Slots(Rows):
             raise ValueError(f"crop: expected 0 or more tokens to forget, received {tokens}")
         if tokens == 0 or not self._tensors:
             return
-        narrowest = min(self._widths(self.keys.shape[1]))
-        if max(self.seen) > narrowest:
-            raise ValueError(
-                f"crop: expected at most {narrowest} tokens seen, nothing evicted yet, received "
-                f"{max(self.seen)}; evicted keys do not come back: run the prompt again, or keep "
-                "a copy.deepcopy of the cache from before"
-            )
+        self.check_crop()
         self.seen = [max(s - tokens, 0) for s in self.seen]
         # nothing was evicted: slots are in the order of positions
         after = self._tensors["next"].sub_(tokens).clamp_(min=0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..cache import KeyStore
 from ..errors import bad
 from ..hosted import HostedStore
 from ..masks import LifetimeMask
@@ -17,6 +18,7 @@ from ..masks.base import check_whole
 from ..policies import Gated
 from ..pooled_keys import PooledKeys
 from ..ragged import RaggedStore, WholeStore
+from ..retention import Retention
 from .cache import NewKeysLayer, OwnedCache, check_rows
 
 if TYPE_CHECKING:
@@ -68,11 +70,13 @@ class LayerPlan:
         chooses: which query heads choose columns.
         freed, whole, hosted: kv heads that drop keys, those that keep all, and those that keep all
             on the host.
+        live: kv heads that evict by their scores, those that keep equally much together, and how
+            much that is.
         freed_queries, whole_queries, hosted_queries: their query heads.
         whole_policy, hosted_policy: asked about the query heads of ``whole`` and ``hosted``.
         keeps: what a call of many tokens chose is read by those of one token that follow.
-        anew: whether some map of ``whole`` chooses blocks: then these kv heads, which keep all
-            keys, choose for every token.
+        anew: whether some map of ``whole`` chooses blocks, or keeps by score: then these kv heads,
+            which keep all keys, choose for every token.
     """
 
     index: int
@@ -83,6 +87,7 @@ class LayerPlan:
     freed: Heads
     whole: Heads
     hosted: Heads
+    live: tuple[tuple[Heads, Retention], ...]
     freed_queries: Heads
     whole_queries: Heads
     hosted_queries: Heads
@@ -100,7 +105,12 @@ class LayerPlan:
         members = heads // kv_heads
         free = policy.frees(index, heads, kv_heads)
         away = policy.reads_blocks(index, heads, kv_heads) if offload else [False] * kv_heads
-        kinds = [0 if free[g] else 2 if away[g] else 1 for g in range(kv_heads)]
+        lives = policy.lives(index, heads, kv_heads)
+        kinds = [
+            0 if free[g] else 2 if away[g] else 1 if lives[g] is None else 3
+            for g in range(kv_heads)
+        ]
+        budgets = sorted({own for own in lives if own is not None})
 
         freed, whole, hosted = (
             Heads([g for g in range(kv_heads) if kinds[g] == kind], kv_heads) for kind in range(3)
@@ -109,6 +119,7 @@ class LayerPlan:
             _queries(some, members) for some in (freed, whole, hosted)
         )
         asked = policy.choosing()
+        whole_policy = asked.of_heads(whole_queries.numbers)
         return cls(
             index=index,
             policy=asked,
@@ -118,13 +129,20 @@ class LayerPlan:
             freed=freed,
             whole=whole,
             hosted=hosted,
+            live=tuple(
+                (
+                    Heads([g for g in range(kv_heads) if lives[g] == own], kv_heads),
+                    _retention(policy.sinks, *own),
+                )
+                for own in budgets
+            ),
             freed_queries=freed_queries,
             whole_queries=whole_queries,
             hosted_queries=hosted_queries,
-            whole_policy=asked.of_heads(whole_queries.numbers),
+            whole_policy=whole_policy,
             hosted_policy=asked.of_heads(hosted_queries.numbers),
             keeps=policy.decode == "keep",
-            anew=any(policy.chooses_blocks(index, heads)),
+            anew=any(policy.chooses_blocks(index, heads)) or whole_policy.keeps(index),
         )
 
     def __deepcopy__(self, memo: Any) -> LayerPlan:
@@ -163,7 +181,8 @@ class LayerPlan:
         pools = self.pools(self.hosted)
         if pools is not None:
             hosted = HostedStore(pools, self.policy.block, prompt)
-        return LayerStore(ragged, whole, hosted)
+        live = tuple(KeyStore(retention) for _, retention in self.live)
+        return LayerStore(ragged, whole, hosted, live)
 
     def queries_of(self, kv: Heads) -> Heads:
         """The query heads of some kv heads."""
@@ -178,6 +197,11 @@ class LayerPlan:
         return self.memo[at]
 
 
+def _retention(sinks: int, window: int, kept: int) -> Retention:
+    """What a query reads that keeps so many keys beside sinks and window."""
+    return Retention(sinks + window + kept, window, sinks)
+
+
 def _queries(kv: Heads, members: int) -> Heads:
     """The query heads of some kv heads."""
     return Heads([g * members + m for g in kv.numbers for m in range(members)], kv.of * members)
@@ -185,11 +209,19 @@ def _queries(kv: Heads, members: int) -> Heads:
 
 @dataclass
 class LayerStore:
-    """What a layer keeps: the kv heads that drop keys and those that do not, or on the host."""
+    """What a layer keeps of its kv heads.
+
+    Attributes:
+        ragged: those that drop keys.
+        whole, hosted: those that do not, and those that do not but on the host.
+        live: those that evict by score, a store for all that keep equally much, so that none has a
+            slot more than it fills.
+    """
 
     ragged: RaggedStore | None
     whole: WholeStore | None
     hosted: HostedStore | None = None
+    live: tuple[KeyStore, ...] = ()
 
     @property
     def seen(self) -> list[int]:
@@ -209,10 +241,12 @@ class LayerStore:
     def check_fit(self, plan: LayerPlan, key: Tensor, value: Tensor) -> None:
         """Raise ValueError unless new keys [b, g, n, d] and values are of the kind of the old."""
         if self.seen:
+            live = [(store, heads) for store, (heads, _) in zip(self.live, plan.live, strict=True)]
             for store, heads in (
                 (self.ragged, plan.freed),
                 (self.whole, plan.whole),
                 (self.hosted, plan.hosted),
+                *live,
             ):
                 if store is not None:
                     store.check_fit(heads.take(key), heads.take(value))
@@ -227,13 +261,19 @@ class LayerStore:
         for store in self._stores():
             store.repeat(times)
 
+    def check_crop(self) -> None:
+        """Raise ValueError where keys were dropped that an earlier state would need."""
+        for store in (self.ragged, *self.live):
+            if store is not None:
+                store.check_crop()
+
     def crop(self, tokens: int) -> None:
         """Forget the newest tokens; ValueError where keys were dropped."""
         for store in self._stores():
             store.crop(tokens)
 
-    def _stores(self) -> list[RaggedStore | WholeStore | HostedStore]:
-        every = self.ragged, self.whole, self.hosted
+    def _stores(self) -> list[RaggedStore | WholeStore | HostedStore | KeyStore]:
+        every = self.ragged, self.whole, self.hosted, *self.live
         return [store for store in every if store is not None]
 
 
@@ -269,8 +309,10 @@ class GatedCache(OwnedCache):
 
     A kv head drops keys where all query heads of its group have a window and no columns, or,
     under ``decode="keep"``, a window. It then holds sinks, the columns of its query heads and the
-    widest of their windows; each query head still reads its own. Other kv heads keep all keys.
-    Outputs are those of the same policy, and the same choice of columns, over all keys.
+    widest of their windows; each query head still reads its own. Where all query heads of a group
+    keep equally many keys by score, beside the same window, it holds what they read and evicts with
+    each token, in chunks of a prompt too. Other kv heads keep all keys. Outputs are those of the
+    same policy, and the same choice of columns, over all keys.
 
     A call of several tokens ends with a choice: its last queries choose the columns, from what is
     still there, that are read until the next such call. So a second turn chooses anew, and a
@@ -283,8 +325,8 @@ class GatedCache(OwnedCache):
     Batches padded on the left, beam search, sampling and continuing a conversation work. Layers
     with a sliding window of their own have transformers' cache and choose anew for every token.
     Forgetting tokens (``crop``) works until the first key was dropped. A ``copy.deepcopy`` is a
-    fork. The guard of a policy looks at what is still there; kept mass is measured in the call
-    that begins a sequence.
+    fork. The guard of a policy looks at what is still there, and at maps that evict by score in the
+    call that begins a sequence alone; kept mass is measured in that call.
 
     Maps that choose blocks do so from pools of the keys, which the cache carries along: a decoded
     token or a chunk pools its own keys alone.
@@ -351,8 +393,8 @@ class GatedCache(OwnedCache):
         """Forget the newest tokens, given as a negative number; all layers or none."""
         for layer in self.layers:
             store = layer.store if isinstance(layer, GatedLayer) else None
-            if store is not None and store.ragged is not None and tokens_to_remove:
-                store.ragged.check_crop()
+            if store is not None and tokens_to_remove:
+                store.check_crop()
         super().crop(tokens_to_remove)
 
     def arrived(
@@ -400,13 +442,13 @@ def _check_gains(policy: Gated, plans: list[LayerPlan], heads: int, offload: boo
             "Leave offload out.",
         )
     blocks = any(any(policy.chooses_blocks(plan.index, heads)) for plan in plans)
-    freed = any(len(plan.freed) for plan in plans)
+    freed = any(len(plan.freed) or plan.live for plan in plans)
     if policy.decode != "keep" and not freed and not blocks:
         raise bad(
             "GatedCache",
             "a policy that leaves keys unread for good in some kv head, or chooses blocks",
-            "one whose every kv head has a dense map or one that chooses columns anew for "
-            "each token, or a model whose layers have sliding windows",
+            "one whose every kv head has a dense map, one that chooses columns anew for each token "
+            "or maps that do not keep alike, or a model whose layers have sliding windows",
             "Use decode='keep' (which has no dense_up_to), or leave the cache to generate().",
         )
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cache import runs_of
+from ..cache import KeyStore, Live, runs_of
 from ..errors import bad
 from ..hosted import HostedStore
 from ..masks import LifetimeMask, Mask, MixedMask, Span
@@ -19,6 +19,7 @@ from .adapter import Adapter, Site
 from .calls import NO_CALL
 from .gated_cache import GatedCache, GatedLayer, Heads, LayerPlan
 from .placement import Placement
+from .rotary import unrotate_of
 
 INF = LifetimeMask.INF
 
@@ -116,11 +117,13 @@ class GatedCall:
     ) -> None:
         assert layer.store is not None
         self.adapter = adapter
-        self.site = site._replace(call=NO_CALL)
         self.plan: LayerPlan = layer.plan
+        # keys that nobody scores stay as they were rotated
+        self.site = site if self.plan.policy.keeps(site.index) else site._replace(call=NO_CALL)
         self.ragged: RaggedStore | None = layer.store.ragged
         self.whole: WholeStore | None = layer.store.whole
         self.hosted: HostedStore | None = layer.store.hosted
+        self.live: tuple[KeyStore, ...] = layer.store.live
         self.held = layer.in_prompt(layer.tokens)
         self.runs = runs
         self.query, self.key, self.value = query, key, value
@@ -137,10 +140,11 @@ class GatedCall:
     def begin(self) -> Tensor:
         """The call that begins the sequences: every key is there."""
         listener = Listener(self.adapter, parts=False)
-        site = self.site._replace(policy=self.plan.policy)
+        site = self.site._replace(policy=self.plan.policy, scores=self._scores())
         out = listener._place(site, self.query, self.key, self.value)
         groups = self._groups(site.where)
         self._extend()
+        self._attend_live(None, "prefill", site.scores)
         if self.whole is not None:
             self._remember(groups, listener.masks)
         if self.ragged is not None:
@@ -170,6 +174,7 @@ class GatedCall:
             plan.whole_queries.put(out, part)
         if self.hosted is not None:
             plan.hosted_queries.put(out, self._fetch())
+        self._attend_live(out, "decode", self._scores())
         if self.ragged is not None:
             freed, queries = self.plan.freed, self.plan.freed_queries
             self.ragged.add(freed.take(self.key), freed.take(self.value), list(self.runs))
@@ -190,6 +195,7 @@ class GatedCall:
         if self.hosted is not None:
             part = self._ask(self.hosted, plan.hosted_queries, plan.hosted_policy)
             plan.hosted_queries.put(out, part)
+        self._attend_live(out, "prefill", self._scores())
         if self.ragged is not None:
             order, counts = self.ragged.live()
             parts = [
@@ -302,6 +308,44 @@ class GatedCall:
         death = self._ends(mask, queries, 1, k.shape[2], seen)
         return Part([row], heads, positions, k, v, death, seen)
 
+    # kv heads that evict by score
+
+    def _scores(self) -> Tensor | None:
+        """Scores of the new tokens' keys, of all kv heads [b, g, n]; None where nobody asks."""
+        if not self.live:
+            return None
+        rows, new = slice(0, self.batch), slice(0, self.n)
+        unrotate = unrotate_of(self.site.module, self.site.call, rows, new, 0)
+        layer = Layer(self.plan.index, unrotate=unrotate)
+        return self.plan.policy.score(self.key, self.value, layer)
+
+    def _attend_live(self, out: Tensor | None, phase: str, scores: Tensor | None) -> None:
+        """Attend with the heads that evict by score, and evict.
+
+        Args:
+            out: takes the results; None where all heads have attended, and keys are kept alone.
+            phase: "prefill" or "decode".
+            scores: of the new tokens' keys, of all kv heads.
+        """
+        for store, (heads, _) in zip(self.live, self.plan.live, strict=True):
+            queries = self.plan.queries_of(heads)
+            site = self._site(queries)
+
+            def compute(q: Tensor, live: Live, first: int, site: Site = site) -> Tensor:
+                if out is None:
+                    return q.new_zeros(*q.shape[:3], live.value.shape[-1])
+                assert site.heads is not None
+                self._count(site.heads, live.mask, len(q))
+                self.listener._note(site, phase, q, live.mask, None)
+                return self.listener._compute(site, q, live.key, live.value, live.mask, None)
+
+            assert scores is not None
+            q, spans = queries.take(self.query), self.site.where.spans
+            k, v, s = (heads.take(x) for x in (self.key, self.value, scores))
+            part = store.attend(q, k, v, s, spans, compute=compute)
+            if out is not None:
+                queries.put(out, part)
+
     # what all have in common
 
     def _out(self) -> Tensor:
@@ -323,9 +367,12 @@ class GatedCall:
 
     def _count(self, heads: Heads, mask: Mask, rows: int) -> None:
         """Count what a mask lets through, where anybody listens."""
-        self.kept.append(
-            (heads, lambda: (mask.density() * mask.causal_pairs()).expand(rows, len(heads)))
-        )
+
+        def pairs() -> Tensor:
+            found = mask.density() * mask.causal_pairs()
+            return found.repeat_interleave(len(heads) // found.shape[1], 1).expand(rows, -1)
+
+        self.kept.append((heads, pairs))
 
     def _report(self, phase: str) -> None:
         """Tell how many pairs each head read, of how many that causal attention reads."""
