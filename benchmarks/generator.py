@@ -95,6 +95,11 @@ def spread(policy: Gated, layers: int, heads: int) -> Gated:
     """The card's policy for a model of another shape: each map for several neighbouring heads."""
     gates = policy.gates
     assert gates is not None
+    if policy.scored:
+        raise ValueError(
+            "card: expected one of columns and blocks, received one whose maps keep by score; "
+            "score heads are those of one model"
+        )
     of_layer = torch.arange(layers) * gates.window.shape[0] // layers
     of_head = torch.arange(heads) * gates.window.shape[1] // heads
 

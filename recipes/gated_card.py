@@ -3,6 +3,7 @@
     python recipes/gated_card.py                                # a minute on a GPU
     python recipes/gated_card.py --max-kl 0.005 0.02 0.08       # a card for each: a Pareto curve
     python recipes/gated_card.py --harder                       # of the harder reference
+    python recipes/gated_card.py --scores models/dynmask-reference-retained   # evicting maps too
     python recipes/gated_card.py --smoke
 
 Documents are written as for the model's training (``reference_data.py``): facts in text, and
@@ -111,17 +112,18 @@ def author_of(options: argparse.Namespace, tokenizer: Any) -> Author:
 
 def settings_of(options: argparse.Namespace, allowed: float) -> Any:
     """Return how a card's budgets are chosen; ValueError for what cannot be."""
-    from dynmask.budgets import BUDGETS, WITH_BLOCKS, GatedSettings
+    from dynmask.budgets import GatedSettings, offered
 
-    offered = WITH_BLOCKS if options.blocks or options.encoder else BUDGETS
-    most = max(budget.window for budget in offered)
+    every = offered(options.blocks or options.encoder, options.scores is not None)
+    most = max(budget.window for budget in every)
     if not 0 <= options.least_window <= most:
         raise ValueError(f"--least-window: expected 0 to {most}, received {options.least_window}")
-    budgets = tuple(budget for budget in offered if budget.window >= options.least_window)
+    budgets = tuple(budget for budget in every if budget.window >= options.least_window)
+    if options.smoke:
+        budgets = budgets[-2:]
     return GatedSettings(
         max_kl=allowed, density=options.density, least=options.least, pool=options.pool,
-        encoder=options.encoder,
-        budgets=budgets[-2:] if options.smoke else budgets,
+        encoder=options.encoder, budgets=budgets,
     )  # fmt: skip
 
 
@@ -142,6 +144,7 @@ def main() -> None:
     parser.add_argument("--recall", action="store_true", help="with --harder: no families of its")
     parser.add_argument("--blocks", action="store_true", help="offer blocks too")
     parser.add_argument("--encoder", action="store_true", help="train what scores the blocks")
+    parser.add_argument("--scores", type=Path, help="retained card: offer maps that evict by it")
     parser.add_argument("--pool", type=int, default=1)
     parser.add_argument("--least-window", type=int, help="of a budget (default: 0; 512)")
     parser.add_argument("--least", type=float, default=1e-3)
@@ -164,6 +167,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from dynmask.budgets import calibrate_gates
+    from dynmask.card import MaskCard
 
     options.model = options.model or (MODEL.with_name(f"{MODEL.name}-64k") if options.harder
                                       else MODEL)  # fmt: skip
@@ -176,6 +180,7 @@ def main() -> None:
     if options.smoke:
         options.lengths, options.characters = [512], 400_000
         options.documents = min(options.documents, 7 if options.harder else 2)
+    scores = None if options.scores is None else MaskCard.from_pretrained(options.scores)
     try:
         asked = [settings_of(options, allowed) for allowed in options.max_kl]
     except ValueError as error:
@@ -198,7 +203,7 @@ def main() -> None:
         started = time.perf_counter()
         card = calibrate_gates(
             model, texts, settings, seed=options.seed, judged=judged, decoded=decoded,
-            checkpoint=journal,
+            scores=scores, checkpoint=journal,
         )  # fmt: skip
         card.save_pretrained(out)
         journal.unlink()
@@ -215,12 +220,17 @@ def report(card: Any, seconds: float, out: Path) -> None:
           f"{seconds:.0f} s")  # fmt: skip
     tensors = card.tensors
     block = header["settings"]["block"]
-    tables = (tensors[name].tolist() for name in ("window", "columns", "blocks"))
+    none = torch.zeros_like(tensors["window"])
+    names = ("window", "columns", "blocks", "kept")
+    tables = (tensors.get(name, none).tolist() for name in names)
     for layer, numbers in enumerate(zip(*tables, strict=True)):
         maps = [
-            "dense" if w == LifetimeMask.INF else f"{w}+{b}x{block}" if b else f"{w}+{c}"
-            for w, c, b in zip(*numbers, strict=True)
-        ]
+            "dense" if w == LifetimeMask.INF
+            else f"{w}+{b}x{block}" if b
+            else f"{w}+{k}s" if k  # kept by score
+            else f"{w}+{c}"
+            for w, c, b, k in zip(*numbers, strict=True)
+        ]  # fmt: skip
         print(f"  layer {layer}: " + "  ".join(f"{text:>9}" for text in maps))
 
 

@@ -6,15 +6,17 @@ tokens of calibration documents. The cheapest budget is offered to all maps (lay
 to whole groups of them at a time: a group whose joint cost is within its share of what the user
 allows takes the budget, another one is halved and tried again. What no map of a group of one can
 afford is offered again at the next, wider budget. So effects are measured together, as they will
-act, and a model with few heads that matter needs few trials.
+act, and a model with few heads that matter needs few trials. Budgets that keep by score are offered
+to the query heads of a kv head together: only where all of them evict is memory freed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,17 +25,26 @@ import torch
 from torch import Tensor, nn
 
 from dynmask.card import SCHEMA, MaskCard, describe_model, write_atomically
-from dynmask.card_kinds import ENCODER_TENSORS
+from dynmask.card_kinds import ENCODER_TENSORS, SCORES
 from dynmask.checkpoint import unreadable
 from dynmask.encoder_training import EncoderTraining
 from dynmask.errors import bad
-from dynmask.gated_settings import BLOCK_BUDGETS, BUDGETS, WITH_BLOCKS, Budget, GatedSettings
+from dynmask.gated_settings import (
+    BLOCK_BUDGETS,
+    BUDGETS,
+    KEPT_BUDGETS,
+    WITH_BLOCKS,
+    WITH_KEPT,
+    Budget,
+    GatedSettings,
+    offered,
+)
 from dynmask.judge import Judge, measure
 from dynmask.policies.gated import Gates
 
 __all__ = [
-    "BLOCK_BUDGETS", "BUDGETS", "WITH_BLOCKS", "Budget", "GatedSettings", "calibrate_gates",
-    "choose_gates", "read_journal",
+    "BLOCK_BUDGETS", "BUDGETS", "KEPT_BUDGETS", "WITH_BLOCKS", "WITH_KEPT", "Budget",
+    "GatedSettings", "calibrate_gates", "choose_gates", "offered", "read_journal",
 ]  # fmt: skip
 
 _JOURNAL = "dynmask_budgets"
@@ -45,8 +56,12 @@ def choose_gates(
     allowed: float,
     cost: Callable[[Gates, float], float],
     gates: Gates,
+    members: int = 1,
+    scored: Sequence[bool] | None = None,
 ) -> Gates:
     """Give every map the first budget that it can afford; the others stay as ``gates`` has them.
+
+    A budget of kept keys is offered to kv heads none of whose maps has one yet.
 
     Args:
         maps: (layer, head) of the maps that are offered budgets, those likely to be alike side by
@@ -56,6 +71,8 @@ def choose_gates(
         cost: of gates as a whole, measured; where it is more than the second argument, any number
             above that does.
         gates: where to start from.
+        members: query heads of a kv head.
+        scored: for each layer whether its keys have scores to keep by; all when None.
 
     Returns:
         Gates whose cost is at most ``allowed``, if that of ``gates`` is 0.
@@ -63,26 +80,39 @@ def choose_gates(
     settled = 0
     waiting = list(maps)
 
-    def offer(group: list[tuple[int, int]], budget: Budget) -> list[tuple[int, int]]:
-        """Give the group the budget if it can afford it; return the maps that cannot."""
-        nonlocal gates, settled
+    def offer(group: list[list[tuple[int, int]]], budget: Budget) -> None:
+        """Give units of maps the budget if together they can afford it, or each half by itself."""
+        nonlocal gates, settled, waiting
         if not group:
-            return []
+            return
+        own = [place for unit in group for place in unit]
         chosen = torch.zeros_like(gates.dense)
-        chosen[tuple(torch.tensor(group).T)] = True
+        chosen[tuple(torch.tensor(own).T)] = True
         trial = gates.replaced(chosen, **asdict(budget))
-        share = allowed * (settled + len(group)) / len(maps)
+        share = allowed * (settled + len(own)) / len(maps)
         if cost(trial, share) <= share:
-            gates, settled = trial, settled + len(group)
-            return []
-        if len(group) == 1:
-            return group
-        half = len(group) // 2
-        return offer(group[:half], budget) + offer(group[half:], budget)
+            gates, settled = trial, settled + len(own)
+            waiting = [place for place in waiting if place not in own]
+        elif len(group) > 1:
+            half = len(group) // 2
+            offer(group[:half], budget)
+            offer(group[half:], budget)
 
     for budget in budgets:
-        waiting = offer(waiting, budget)
+        units = [[place] for place in waiting]
+        if budget.kept:
+            units = _kv_heads(waiting, members)
+            units = [unit for unit in units if scored is None or scored[unit[0][0]]]
+        offer(units, budget)
     return gates
+
+
+def _kv_heads(maps: Sequence[tuple[int, int]], members: int) -> list[list[tuple[int, int]]]:
+    """Maps by the kv head that they share; those of kv heads some of whose maps are not there."""
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for layer, head in maps:
+        found.setdefault((layer, head // members), []).append((layer, head))
+    return [unit for unit in found.values() if len(unit) == members]
 
 
 def calibrate_gates(
@@ -93,6 +123,7 @@ def calibrate_gates(
     seed: int = 0,
     judged: Sequence[Tensor] | None = None,
     decoded: Sequence[int] | None = None,
+    scores: MaskCard | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> MaskCard:
@@ -110,7 +141,11 @@ def calibrate_gates(
             the settings' choice: where an answer begins, say.
         decoded: tokens at the end of each document that come after its prompt: of an answer all
             but the last, which nobody reads. The gates are for prompts, so these read every key,
-            as they do when they are decoded. None at all by default.
+            as they do when they are decoded. None at all by default. What keys cost that maps
+            which keep by score evict while an answer is decoded (``decode="keep"`` and "select")
+            is not judged then: judge without it, whole documents, where that matters.
+        scores: a retained card of the same model, whose score heads say what maps keep; needed by
+            budgets of kept keys, and for those alone.
         checkpoint: a file of what was measured, written as it comes and read when it is there, so
             that an interrupted calibration goes on. Beside it, under the same name with
             ``.encoder``, lies the state of an encoder's training.
@@ -122,11 +157,13 @@ def calibrate_gates(
         ``kept_mass`` are those of the longest documents, ``least_mass`` is the kept mass of each
         map in that of all documents where it is least. With ``settings.encoder`` its parameters,
         for layers where they help, and ``encoder``: see
-        :meth:`dynmask.encoder_training.EncoderTraining.judge`.
+        :meth:`dynmask.encoder_training.EncoderTraining.judge`. With ``scores`` the score modules of
+        layers where a map keeps by them.
 
     Raises:
         ValueError: no documents or too short ones, bad settings, a model that cannot be
-            sparsified, or a checkpoint of another run; before the model runs. A density that
+            sparsified, scores of another model, or a checkpoint of another run; before the model
+            runs. A density that
             ``max_kl`` does not allow; when that is known.
     """
     from dynmask.calibrate import check_document, token_digest, vocabulary_of
@@ -147,8 +184,9 @@ def calibrate_gates(
     _check_judged(judged, documents)
     _check_decoded(decoded, documents)
     check_model(model)
+    modules = _modules_of(scores, settings, model)
     description = describe_model(model)
-    layers, heads = description["layers"], description["heads"]
+    layers = description["layers"]
     identity = {
         "settings": json.loads(json.dumps(asdict(settings))),
         "seed": seed,
@@ -156,8 +194,10 @@ def calibrate_gates(
         "data": token_digest(documents),
         "judged": None if judged is None else token_digest(judged),
         **({} if decoded is None else {"decoded": [int(count) for count in decoded]}),
+        **({} if scores is None else {"scores": _digest(scores)}),
     }
     judge = Judge(model, documents, settings, seed, judged, decoded)
+    judge.scores = modules
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         judge.known, judge.above = _known(path, identity)
@@ -176,7 +216,7 @@ def calibrate_gates(
             lessons.run(beside, identity, progress)
             judge.encoders, figures = lessons.judge()
         with _Progress(judge, path, identity, progress) as cost:
-            gates, allowed = _search(judge, cost, settings, which, layers, heads)
+            gates, allowed = _search(judge, cost, settings, which, description)
             kl = cost(gates, math.inf)
         hard = judge.divergence(replace(judge.policy(gates), soft=False)) if settings.soft else None
         density, mass = measure(judge, judge.policy(gates), range(len(documents)), layers)
@@ -215,7 +255,51 @@ def calibrate_gates(
             if encoder is not None:
                 state = encoder.cpu().state_dict()
                 tensors |= {f"layers.{layer}.{name}": state[name] for name in ENCODER_TENSORS}
+    if scores is not None and "kept" in tensors:
+        own = gates.kept.any(-1).tolist()
+        told = scores.header["settings"]
+        header[SCORES] = {"head": told["head"], "hidden": told["hidden"], "layers": own}
+        for name, tensor in scores.tensors.items():
+            place = name.removeprefix("layers.")
+            if own[int(place.partition(".")[0])]:
+                tensors[f"{SCORES}.{place}"] = tensor
     return MaskCard(header, tensors)
+
+
+def _modules_of(
+    scores: MaskCard | None, settings: GatedSettings, model: nn.Module
+) -> tuple[nn.Module | None, ...] | None:
+    """The score modules of a card; ValueError for one of no use, or where one is missing."""
+    if scores is None:
+        if settings.keeps:
+            raise bad(
+                "scores", "a retained card of this model, for budgets that keep by score", "none",
+                "Make one with dynmask calibrate --policy retained.",
+            )  # fmt: skip
+        return None
+    if not isinstance(scores, MaskCard) or scores.header["policy"] != "retained":
+        got = f"one of {scores.header['policy']!r}" if isinstance(scores, MaskCard) else scores
+        raise bad("scores", "a card of policy 'retained'", str(got)[:80])
+    if not settings.keeps:
+        raise bad(
+            "scores", "budgets that keep by score", "none",
+            "Pass budgets=dynmask.budgets.WITH_KEPT.",
+        )  # fmt: skip
+    if scores.header["settings"]["head"] != "pair":
+        raise bad(
+            "scores", "score heads that read keys and values of their kv head (head='pair')",
+            f"head={scores.header['settings']['head']!r}", "Calibrate with --head pair.",
+        )  # fmt: skip
+    scores.check(model)
+    return scores.policy().modules
+
+
+def _digest(card: MaskCard) -> str:
+    """A name of a card's tensors: the same numbers, the same name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(card.tensors.items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_judged(judged: Sequence[Tensor] | None, documents: Sequence[Tensor]) -> None:
@@ -250,12 +334,16 @@ def _search(
     cost: Callable[[Gates, float], float],
     settings: GatedSettings,
     which: Sequence[int],
-    layers: int,
-    heads: int,
+    model: Mapping[str, int],
 ) -> tuple[Gates, float]:
-    """The gates, and the divergence that was allowed for them."""
+    """The gates, and the divergence that was allowed for them, of a ``model`` of this shape."""
+    layers, heads = model["layers"], model["heads"]
     full = Gates.full(layers, heads)
-    first = full.replaced(full.dense, **asdict(settings.budgets[0]))
+    scored = [module is not None for module in judge.scores or [None] * layers]
+    some = full.dense
+    if settings.budgets[0].kept:
+        some = some & torch.tensor(scored)[:, None]
+    first = full.replaced(some, **asdict(settings.budgets[0]))
     # maps that the cheapest budget leaves most of their attention are tried together
     _, mass = measure(judge, judge.policy(first), which[:1], layers)
     maps = sorted(
@@ -264,7 +352,8 @@ def _search(
     )
 
     def at(allowed: float) -> Gates:
-        return choose_gates(maps, settings.budgets, allowed, cost, full)
+        members = heads // model["kv_heads"]
+        return choose_gates(maps, settings.budgets, allowed, cost, full, members, scored)
 
     allowed = settings.max_kl
     gates = at(allowed)

@@ -21,6 +21,8 @@
                                     it is least; what the guard compares with
     encoder                         gated, with encoders: `kept` [layers], and `loss` [layers][2] on
                                     held-out documents, without and with
+    scores                          gated, where maps keep by score: `head` and `hidden` of the
+                                    score modules, and `layers`, which of them have one
 
 plus a SHA-256 of the header and one of the tensors, which are checked and dropped when loading.
 Loading reads bytes and numbers only; it never executes anything, and whatever is wrong with a file
@@ -74,7 +76,9 @@ class MaskCard:
     Of a retained card: `layers.{i}.{name}` float32, the parameters of the layer's score module, for
     every layer without a sliding window of its own. Of a gated card: `window` and `columns` int32
     and `share` float32 and `blocks` int32, all [layers, h], see `dynmask.policies.gates.Gates`,
-    and `layers.{i}.of_query` and `layers.{i}.of_key` float32 of layers with a block encoder.
+    and `layers.{i}.of_query` and `layers.{i}.of_key` float32 of layers with a block encoder; where
+    maps keep by score, `kept` int32 [layers, h] and `scores.{i}.{name}` float32, the parameters of
+    the score modules of layers that have one.
 
     Raises ValueError if header and tensors do not form a valid card.
     """

@@ -19,6 +19,9 @@ MAX_HIDDEN = 2**16
 ENCODER_TENSORS = ("of_query", "of_key")
 """Parameters of a block encoder that a gated card holds."""
 
+SCORES = "scores"
+"""Where a gated card holds the parameters of score modules: ``scores.LAYER.NAME``."""
+
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Name -> dtype and shape of every tensor."""
 
@@ -249,13 +252,18 @@ class GatedTensors:
             require(is_int(count, 0), f"a number of tokens in {name}", str(count)[:80])
         if header["settings"].get("encoder"):
             GatedTensors._check_encoder(header)
+        if SCORES in header:
+            GatedTensors._check_scores(header)
         if "least_mass" in header:
             sizes = header["model"]["layers"], header["model"]["heads"]
             check_figures("least_mass", header["least_mass"], *sizes)
 
     @staticmethod
     def layout(header: dict[str, Any]) -> Layout:
-        """A number for each map; blocks where the card is of a time that knew them."""
+        """A number for each map; blocks where the card is of a time that knew them.
+
+        What maps keep by score, and the parameters of the score modules, where there are any.
+        """
         shape = header["model"]["layers"], header["model"]["heads"]
         tables: Layout = {
             "window": (torch.int32, shape),
@@ -272,7 +280,37 @@ class GatedTensors:
                 sizes = (model["heads"], dim + 1, rank), (model["kv_heads"], 2 * dim, rank)
                 for name, size in zip(ENCODER_TENSORS, sizes, strict=True):
                     tables[f"layers.{layer}.{name}"] = torch.float32, size
+        if SCORES in header:
+            from dynmask.policies.retained import score_module
+
+            tables["kept"] = torch.int32, shape
+            state = score_module(header[SCORES], model, device="meta").state_dict()
+            for layer, scored in enumerate(header[SCORES]["layers"]):
+                if scored:
+                    for name, tensor in state.items():
+                        tables[f"{SCORES}.{layer}.{name}"] = torch.float32, tuple(tensor.shape)
         return tables
+
+    @staticmethod
+    def _check_scores(header: dict[str, Any]) -> None:
+        """What the score modules are, and which layers have one."""
+        told, model = section(header, SCORES), header["model"]
+        require(told.get("head") == "pair", "scores.head 'pair'", str(told.get("head"))[:80])
+        hidden, flags = told.get("hidden"), told.get("layers")
+        require(
+            is_int(hidden, 1) and hidden <= MAX_HIDDEN,  # type: ignore[operator]
+            f"scores.hidden from 1 to {MAX_HIDDEN}",
+            str(hidden)[:80],
+        )
+        sizes = model["kv_heads"], model["head_dim"]
+        require(max(sizes) <= MAX_HIDDEN, f"kv_heads and head_dim up to {MAX_HIDDEN}", sizes)
+        require(
+            isinstance(flags, list)
+            and len(flags) == model["layers"]
+            and all(isinstance(flag, bool) for flag in flags),
+            f"scores.layers as {model['layers']} times true or false",
+            str(flags)[:80],
+        )
 
     @staticmethod
     def _check_encoder(header: dict[str, Any]) -> None:
@@ -300,8 +338,13 @@ class GatedTensors:
         for name, tensor in tensors.items():
             finite = tensor.dtype != torch.float32 or bool(tensor.isfinite().all())
             require(finite, f"{name} finite", "NaN or infinity")
-        tables = {name: x.cpu() for name, x in tensors.items() if not name.startswith("layers.")}
-        Gates(**tables)
+        gates = Gates(**{name: x.cpu() for name, x in tensors.items() if "." not in name})
+        for layer, kept in enumerate(gates.kept.any(-1).tolist()):
+            scored = SCORES in header and header[SCORES]["layers"][layer]
+            require(
+                scored or not kept,
+                f"scores of layer {layer}, whose maps keep by score", "none",
+            )  # fmt: skip
 
 
 POLICIES: dict[str, type[DamTensors] | type[RetainedTensors] | type[GatedTensors]] = {

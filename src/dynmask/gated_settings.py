@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynmask.card import MaskCard
-from dynmask.card_kinds import ENCODER_TENSORS, MAX_HIDDEN
+from dynmask.card_kinds import ENCODER_TENSORS, MAX_HIDDEN, SCORES
 from dynmask.encoder import BlockEncoder
 from dynmask.encoder_training import encoder_of
 from dynmask.errors import bad
 from dynmask.policies.gated import Gated, Gates
+from dynmask.policies.retained import modules_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Budget:
     columns: int = 0
     share: float = 0.0
     blocks: int = 0
+    kept: int = 0
 
 
 BUDGETS = (
@@ -43,14 +45,32 @@ BLOCK_BUDGETS = (
 )  # fmt: skip
 """What maps may read that choose blocks."""
 
+KEPT_BUDGETS = (Budget(128, kept=1024), Budget(128, kept=2048), Budget(512, kept=4096))
+"""What maps may read that keep by score. None reads less than the cheapest of ``BUDGETS``, for the
+same reason; and what is evicted cannot be asked for again."""
+
 
 def reads(budget: Budget, keys: int = 65_536, block: int = 64) -> float:
     """Keys that a map reads of so many, at most; sinks are not counted."""
-    return budget.window + budget.columns + budget.blocks * block + budget.share * keys
+    fixed = budget.window + budget.columns + budget.kept + budget.blocks * block
+    return fixed + budget.share * keys
 
 
-WITH_BLOCKS = tuple(sorted(BUDGETS + BLOCK_BUDGETS, key=reads))
-"""Both, in the order of what a map may read of a long input."""
+def offered(blocks: bool = False, kept: bool = False) -> tuple[Budget, ...]:
+    """``BUDGETS``, and with them those of blocks or of kept keys, where they are asked for.
+
+    In the order of what a map may read of a long input; of those that read equally much one of kept
+    keys comes first, because its memory can be freed.
+    """
+    others = (KEPT_BUDGETS if kept else ()) + BUDGETS + (BLOCK_BUDGETS if blocks else ())
+    return tuple(sorted(others, key=reads)) if blocks or kept else BUDGETS
+
+
+WITH_BLOCKS = offered(blocks=True)
+"""Blocks beside columns."""
+
+WITH_KEPT = offered(kept=True)
+"""Keys that score heads keep beside columns; ``calibrate_gates`` needs their card then."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +82,8 @@ class GatedSettings:
             documents whose mean is the largest.
         density: choose the smallest divergence that keeps the density, on the longest documents,
             at or below this; ``max_kl`` is then the largest that is tried.
-        budgets: what a map may read, the cheap first.
+        budgets: what a map may read, the cheap first. Those of kept keys are offered to all query
+            heads of a kv head together: its keys are freed where none of them reads more.
         judged: tokens of a document that are judged, the share ``late`` of them at its end (where
             answers stand), the rest spread over it.
         late: see above.
@@ -131,7 +152,7 @@ class GatedSettings:
         if type(self.least) not in (int, float):
             raise bad("settings.least", "a share", repr(self.least)[:40])
         for budget in budgets:
-            sizes = (budget.window, budget.columns, budget.blocks)
+            sizes = (budget.window, budget.columns, budget.blocks, budget.kept)
             if any(type(size) is not int for size in sizes):
                 raise bad("settings.budgets", "whole numbers of keys", repr(budget)[:80])
         self._check_encoder()
@@ -166,11 +187,17 @@ class GatedSettings:
                 "Pass budgets=dynmask.budgets.WITH_BLOCKS.",
             )  # fmt: skip
 
+    @property
+    def keeps(self) -> bool:
+        """Whether some budget keeps by score."""
+        return any(budget.kept for budget in self.budgets)
+
     def policy(
         self,
         gates: Gates | None,
         promise: Tensor | None = None,
         encoders: tuple[BlockEncoder | None, ...] | None = None,
+        scores: tuple[nn.Module | None, ...] | None = None,
     ) -> Gated:
         """The policy with these gates, guarded where it is known what they kept."""
         return Gated(
@@ -185,6 +212,7 @@ class GatedSettings:
             guard=None if promise is None else self.guard,
             promise=promise,
             encoders=encoders,
+            scores=scores,
             soft=self.soft,
             strength=self.strength,
         )
@@ -221,7 +249,12 @@ def gated_of(
     settings = replace(settings_of(card.header["settings"]), **options)
     promise = card.header.get("least_mass")
     promise = None if promise is None else torch.tensor(promise, dtype=torch.float32)
-    policy = settings.policy(gates, promise, _encoders_of(card, settings))
+    scores = None
+    if "scores" in card.header:
+        told, prefix = card.header["scores"], f"{SCORES}."
+        named = {n.removeprefix(prefix): t for n, t in card.tensors.items() if n.startswith(prefix)}
+        scores = modules_of(told, card.header["model"], named, told["layers"])
+    policy = settings.policy(gates, promise, _encoders_of(card, settings), scores)
     return replace(policy, decode=decode, dense_up_to=dense_up_to, card=card)
 
 

@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynmask.encoder import BlockEncoder
 from dynmask.errors import bad
@@ -47,6 +47,7 @@ class Judge:
         ]
         self.decoded = [0] * len(self.documents) if decoded is None else list(decoded)
         self.encoders: tuple[BlockEncoder | None, ...] | None = None
+        self.scores: tuple[nn.Module | None, ...] | None = None
         self.known: dict[str, float] = {}
         self.above: dict[str, float] = {}
         """Divergences that are known to be larger than these numbers, no more."""
@@ -63,7 +64,7 @@ class Judge:
 
     def policy(self, gates: Gates) -> Gated:
         """The policy with these gates, as it is judged."""
-        return self.settings.policy(gates, encoders=self.encoders)
+        return self.settings.policy(gates, encoders=self.encoders, scores=self.scores)
 
     def prepare(self) -> None:
         """Run the full model once on every document; ValueError where it predicts nothing."""

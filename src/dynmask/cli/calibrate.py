@@ -36,8 +36,9 @@ model stays as it is. They tell which keys later queries will look for, so that
 With --policy gated every attention map (layer x head) gets the smallest budget whose
 effect on the model's own predictions is within its share of --max-kl: --policy
 gated:FOLDER reads sinks, a window and the columns that the newest queries look at, or
-blocks that each part of the text chooses for itself. While it runs, a guard looks
-whether each map keeps as much attention as it did here, and widens those that do not.
+blocks that each part of the text chooses for itself, or what the score heads of a
+retained card keep (--scores). While it runs, a guard looks whether each map keeps as
+much attention as it did here, and widens those that do not.
 """
 EPILOG = """\
 examples:
@@ -47,6 +48,7 @@ examples:
   dynmask calibrate --model MODEL --policy retained --text long/ --minutes 3 --out kept-card
   dynmask calibrate --model MODEL --policy gated --text long/ --max-kl 0.02 --out gated-card
   dynmask calibrate --model MODEL --policy gated --text long/ --encoder --out gated-card
+  dynmask calibrate --model MODEL --policy gated --text long/ --scores kept-card --out gated-card
 
 Documents that are shorter than --length tokens are joined with the next ones of the
 same source; what is left over is not used.
@@ -59,7 +61,7 @@ OPTIONS = {
     ),
     "gated": (
         "max_kl", "density", "judged", "decoded", "lengths", "sinks", "checkpoint", "guard",
-        "encoder", "rank", "teacher", "steps", "soft", "strength", "blocks",
+        "encoder", "rank", "teacher", "steps", "soft", "strength", "blocks", "scores",
     ),
 }  # fmt: skip
 """Which options say something about which policy."""
@@ -189,6 +191,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "records where columns did not (docs/findings.md); --encoder implies it",
     )
     gated.add_argument(
+        "--scores",
+        metavar="CARD",
+        help="a retained card of this model: also offer maps that evict by its score heads; their "
+        "keys are freed under decode=select and decode=keep",
+    )
+    gated.add_argument(
         "--encoder",
         action="store_true",
         help="first train a small encoder that tells which blocks a block will look at; it is "
@@ -297,7 +305,8 @@ def _retained(arguments: argparse.Namespace, folder: Path) -> int:
 
 def _gated(arguments: argparse.Namespace, folder: Path) -> int:
     """Choose the budget of every map and save the card."""
-    from dynmask.budgets import BUDGETS, WITH_BLOCKS, GatedSettings, calibrate_gates
+    from dynmask.budgets import GatedSettings, calibrate_gates, offered
+    from dynmask.card import MaskCard
 
     _refuse_idle(arguments, "encoder", {"steps": None, "teacher": "mass", "rank": 16})
     _refuse_idle(arguments, "soft", {"strength": 1.0})
@@ -309,7 +318,7 @@ def _gated(arguments: argparse.Namespace, folder: Path) -> int:
         **{name: getattr(arguments, name) for name in names},
         late=1.0 if arguments.decoded else GatedSettings.late,
         steps=arguments.steps or GatedSettings.steps,
-        budgets=WITH_BLOCKS if arguments.blocks or arguments.encoder else BUDGETS,
+        budgets=offered(arguments.blocks or arguments.encoder, arguments.scores is not None),
     )
     wanted = sorted(set(arguments.lengths))
     if arguments.decoded and wanted[0] <= arguments.judged:
@@ -317,11 +326,13 @@ def _gated(arguments: argparse.Namespace, folder: Path) -> int:
             f"--lengths: expected more than the {arguments.judged} judged tokens with --decoded, "
             f"received {wanted[0]}; a document begins with a prompt"
         )
+    scores = None if arguments.scores is None else MaskCard.from_pretrained(arguments.scores)
     model, pieces, _ = _pieces(arguments, wanted, arguments.documents or 2)
     card = calibrate_gates(
         model,
         pieces,
         settings,
+        scores=scores,
         decoded=[settings.judged - 1] * len(pieces) if arguments.decoded else None,
         seed=arguments.seed,
         checkpoint=arguments.checkpoint,

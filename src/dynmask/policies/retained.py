@@ -146,6 +146,32 @@ def score_module(
         return ValueScore(model["kv_heads"], model["head_dim"], form="bounded").float()
 
 
+def modules_of(
+    settings: Mapping[str, Any],
+    model: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    layers: Sequence[bool],
+) -> tuple[nn.Module | None, ...]:
+    """The score modules that a card holds, for the layers that have one.
+
+    Args:
+        settings, model: as for :func:`score_module`.
+        tensors: their parameters, by ``LAYER.NAME``.
+        layers: which layers have one.
+    """
+    modules: list[nn.Module | None] = []
+    for layer, scored in enumerate(layers):
+        module = None
+        if scored:
+            module = score_module(settings, model)
+            prefix = f"{layer}."
+            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            module.load_state_dict(own)
+            module = module.eval().requires_grad_(False)
+        modules.append(module)
+    return tuple(modules)
+
+
 def from_card(card: MaskCard, width: int | None = None, budget: str = "even") -> Retained:
     """The policy of a retained card; see ``MaskCard.policy``."""
     header = card.header
@@ -153,21 +179,13 @@ def from_card(card: MaskCard, width: int | None = None, budget: str = "even") ->
     mean: int = settings["width"] if width is None else width
     if budget not in ("even", "per_head"):
         raise ValueError(f"budget: expected 'even' or 'per_head', received {budget!r}")
-    modules: list[nn.Module | None] = []
-    for layer, window in enumerate(windows):
-        module = None
-        if window is None:
-            module = score_module(settings, model)
-            prefix = f"layers.{layer}."
-            own = {n[len(prefix) :]: t for n, t in card.tensors.items() if n.startswith(prefix)}
-            module.load_state_dict(own)
-            module = module.eval().requires_grad_(False)
-        modules.append(module)
+    named = {name.removeprefix("layers."): tensor for name, tensor in card.tensors.items()}
+    modules = modules_of(settings, model, named, [window is None for window in windows])
     widths: int | tuple[tuple[int, ...], ...] = mean
     if budget == "per_head":
         widths = _per_head(check_whole("width", mean, 1), header)
     return Retained(
-        tuple(modules),
+        modules,
         widths,
         settings["window"],
         settings["sinks"],
