@@ -20,7 +20,8 @@ from dynmask.integrations.vllm.layer import PagedLayer, decodes_whole, reads_all
 from dynmask.integrations.vllm.pages import Pages, Scores
 from dynmask.integrations.vllm.settings import Settings
 from dynmask.policies import Gated, Layer, SnapKV, Streaming
-from tests.policies import POLICIES
+from dynmask.policies.gates import Gates
+from tests.policies import POLICIES, score_modules
 
 PAGES, SIZE, HEADS, GROUPS, DIM = 40, 16, 4, 2, 8
 
@@ -147,6 +148,50 @@ def test_windows_and_sinks_of_the_model_are_honoured(name, window):
 def test_blocks_soft_columns_and_dense_inputs(policy):
     step = Step("position-major")
     torch.testing.assert_close(step.paged(policy), step.together(policy))
+
+
+def gated_by_score(**over):
+    """Maps that keep by score beside one that chooses columns, in the first of two layers."""
+    window, kept = torch.tensor([[5, 5, 4, 9]] * 2).int(), torch.tensor([[6, 6, 0, 3], [0] * 4])
+    columns = torch.tensor([[0, 0, 5, 0]] * 2).int()
+    gates = Gates(window, columns, torch.zeros(2, 4), kept=kept.int())
+    given = {"sinks": 2, "last": 7, "scores": (score_modules()[0], None), "decode": "select"}
+    return Gated(gates=gates, **(given | over))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("decode", ["select", "full"])
+def test_gates_that_keep_by_score_read_scores_from_pages(layout, decode):
+    step, policy = Step(layout), gated_by_score(decode=decode)
+    torch.testing.assert_close(step.paged(policy), step.together(policy))
+    own = PagedLayer(policy, 0, HEADS, GROUPS, DIM, DIM**-0.5)
+    step._score_the_past(own)
+    pages = Pages(step.cache)
+    own.note_scores(pages, step.batch)
+    for r, k, v in zip(step.batch, step.keys, step.values, strict=True):  # each key's, once
+        found = own._scores.read(step.batch.table[r.number], r.keys)
+        torch.testing.assert_close(found, policy.score(k, v, Layer(0)), rtol=0, atol=1.1e-3)
+    with pytest.raises(ValueError, match="no maps that keep by score in layer 0"):
+        step.paged(policy, window=20)
+    assert checks.by_learned_scores(policy) and checks.reads_keys(policy)
+    assert not decodes_whole(policy, "prefill") and decodes_whole(Gated(), "prefill")
+
+
+def test_gates_that_keep_by_score_have_keys_turned_back():
+    """Of the step's keys alone, from the position of the first on."""
+    step, policy, asked = Step(requests=((40, 20), (30, 1))), gated_by_score(), []
+
+    def unrotate(first):
+        asked.append(first)
+        return lambda key: key + 1
+
+    own = PagedLayer(policy, 0, HEADS, GROUPS, DIM, DIM**-0.5, unrotate=unrotate)
+    step._score_the_past(own)
+    own.note_scores(Pages(step.cache), step.batch)
+    assert asked == [0, 0, 40, 30]
+    for r, k, v in zip(step.batch, step.keys, step.values, strict=True):
+        found = own._scores.read(step.batch.table[r.number], r.keys)
+        torch.testing.assert_close(found, policy.score(k + 1, v, Layer(0)), rtol=0, atol=1.1e-3)
 
 
 @pytest.mark.parametrize("policy", ["streaming", "gated", "retained"])

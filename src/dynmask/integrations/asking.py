@@ -7,6 +7,7 @@ vLLM plugin what it gathered from pages. So both ask alike, and compute alike.
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ def _reads_all(policy: Any, keys: int) -> bool:
     return isinstance(policy, Causal)
 
 
-def _keeps(policy: Any, index: int) -> bool:
-    """Whether some maps of a layer, beside others, keep by score."""
+def keeps(policy: Any, index: int) -> bool:
+    """Whether some maps of a layer, maybe beside others, keep by score."""
     return isinstance(policy, Gated) and policy.keeps(index)
 
 
@@ -62,7 +63,7 @@ def ask(
         value: [b, g, k, dv].
         window: the model's own sliding window, its own key counted, or None.
         memo: masks that do not depend on the layer, made once per forward.
-        scores: of the keys [b, g, k], of a policy that evicts, where they were made before.
+        scores: of the keys [b, g, k], of a policy that keeps by score, where they were made before.
 
     Raises:
         ValueError: a policy that answers for other tensors.
@@ -70,7 +71,7 @@ def ask(
     keys, queries = key.shape[2], query.shape[2]
     limited = window is not None and keys > window
     by_score = chooses(policy, layer.index)
-    if window is not None and _keeps(policy, layer.index):
+    if window is not None and keeps(policy, layer.index):
         raise bad(
             "gated", f"no maps that keep by score in layer {layer.index}",
             f"some, under the model's own window of {window} keys",
@@ -104,6 +105,8 @@ def ask(
         assert scores is not None
         mask: Any = policy.retention(layer.index).mask(scores.detach(), queries)
     else:
+        if scores is not None:
+            layer = replace(layer, scores=scores)
         with torch.no_grad():
             if getattr(policy, "soft", False):
                 mask, bias = policy.biased(query.detach(), key.detach(), value.detach(), layer)
@@ -141,4 +144,4 @@ def compute(
     return (out * share[..., None]).to(out.dtype)
 
 
-__all__ = ["ask", "chooses", "compute"]
+__all__ = ["ask", "chooses", "compute", "keeps"]

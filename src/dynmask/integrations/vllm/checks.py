@@ -115,13 +115,15 @@ def check_engine(config: Any, policy: Any) -> None:
 def by_learned_scores(policy: Any) -> bool:
     """Whether a policy keeps a score for each key."""
     modules = getattr(policy, "modules", ())
-    return evicts(policy) and any(isinstance(module, nn.Module) for module in modules)
+    evicting = evicts(policy) and any(isinstance(module, nn.Module) for module in modules)
+    return evicting or (isinstance(policy, Gated) and policy.scored)
 
 
 def reads_keys(policy: Any) -> bool:
     """Whether those scores look at keys as they were before rotation."""
     modules = [m for m in getattr(policy, "modules", ()) if isinstance(m, Score)]
-    return evicts(policy) and any(module.reads_keys for module in modules)
+    evicting = evicts(policy) and any(module.reads_keys for module in modules)
+    return evicting or (isinstance(policy, Gated) and policy.scored)
 
 
 def check_layer(

@@ -51,8 +51,8 @@ class Engine:
         check_engine(config, policy)
         if reads_keys(policy) and model.uses_mrope:
             raise bad(
-                "retained", "one position for each token", "a model with several (M-RoPE)",
-                "Use score heads that look at values alone (head='value').",
+                policy.name, "one position for each token", "a model with several (M-RoPE)",
+                "Use score heads that look at values alone (retained, head='value').",
             )  # fmt: skip
         if card is not None:
             self._check_weights(card, str(model.model))

@@ -13,8 +13,8 @@ from ...errors import bad
 from ...masks import Mask
 from ...plan import Plan
 from ...policies import Causal, Dam, Elastic, Gated, Layer, Streaming
-from ...policies.base import evicts, for_prompts_alone
-from ..asking import ask, chooses, compute
+from ...policies.base import evicts, for_prompts_alone, looks_before_rotation
+from ..asking import ask, chooses, compute, keeps
 from .batch import Batch, Request
 from .pages import Pages, Scores
 
@@ -48,14 +48,15 @@ def _prompts_alone(policy: Any, phase: str) -> bool:
 def decodes_whole(policy: Any, phase: str) -> bool:
     """Whether every decoded token reads every key, and leaves nothing beside the cache.
 
-    So a step of decoded tokens alone is plain attention, whatever the layer.
+    So a step of decoded tokens alone is plain attention, whatever the layer. Not where keys have
+    scores: those of the decoded ones are asked for in a later turn.
 
     Args:
         policy: what decides.
         phase: of the settings, "both" or "prefill".
     """
     whole = isinstance(policy, Causal) or _prompts_alone(policy, phase)
-    return whole and not evicts(policy)
+    return whole and not looks_before_rotation(policy)
 
 
 def reads_all(policy: Any, request: Request, whole: float, phase: str = "both") -> bool:
@@ -104,7 +105,7 @@ class PagedLayer:
         self._unrotate = unrotate
         self._whole = whole_up_to(policy, index, heads)
         self._prompts_alone = _prompts_alone(policy, phase)
-        self._by_score = chooses(policy, index) and window is None
+        self._by_score = window is None and (chooses(policy, index) or keeps(policy, index))
         self._scores: Scores | None = None
 
     def reads_all(self, batch: Batch) -> bool:
@@ -163,7 +164,8 @@ class PagedLayer:
             k, v = pages.gather(table, request.before, request.keys)
             unrotate = None if self._unrotate is None else self._unrotate(request.before)
             layer = Layer(self.index, request.before, unrotate)
-            self._scores.write(table, request.before, self.policy.scores(k, v, layer))
+            score = self.policy.scores if evicts(self.policy) else self.policy.score
+            self._scores.write(table, request.before, score(k, v, layer))
 
     def _first(self, request: Request) -> int:
         """Position of the first key that a layer with a window of its own still has."""
@@ -222,7 +224,7 @@ class PagedLayer:
         """Keys and values to choose by; a shape alone where nobody looks."""
         first, heads = self._first(request), self.kv_heads
         nobody = self._prompts_alone or isinstance(self.policy, LOOKS_AT_NOTHING)
-        if nobody or self._by_score:
+        if nobody or (self._by_score and evicts(self.policy)):
             nothing = pages.cache.new_empty(1).expand(1, heads, request.keys - first, self.head_dim)
             return nothing, nothing
         return pages.gather(batch.table[request.number], first, request.keys)
