@@ -110,6 +110,15 @@ def pair_scores(layers=2, groups=2, dim=16):
         return tuple(PairScore(groups, dim, 4).requires_grad_(False) for _ in range(layers))
 
 
+def gated_by_score(dim=16):
+    """Maps that keep by score: a group alike and one that is not; beside columns."""
+    window = torch.tensor([[3, 3, 7, INF], [5, 5, 2, 2]], dtype=torch.int32)
+    kept = torch.tensor([[6, 6, 2, 0], [0, 0, 4, 4]], dtype=torch.int32)
+    columns = torch.tensor([[0, 0, 0, 0], [3, 2, 0, 0]], dtype=torch.int32)
+    gates = Gates(window, columns, torch.zeros(2, 4), kept=kept)
+    return Gated(sinks=2, last=5, gates=gates, scores=pair_scores(dim=dim), decode="select")
+
+
 def per_head_policies():
     """Policies with numbers of single heads: 2 layers, 4 heads, 2 kv heads of dim 8."""
     from dynmask.encoder import BlockEncoder
@@ -133,6 +142,7 @@ def per_head_policies():
             sinks=2, window=3, columns=1, guard=0.05, promise=torch.linspace(0, 1, 8).view(2, 4)
         ),
         "encoders": Gated(sinks=2, gates=blocks, encoders=(coder, None), **sizes),
+        "scores": gated_by_score(DIM),
     }
 
 
@@ -259,9 +269,10 @@ def model_cases(cases):
         ).logits
 
     models = {"": tiny_llama(), "mistral ": tiny_mistral()}
+    scored = {"retained": retained, "gated_scores": gated_by_score()}
     for kind, model in models.items():
-        for name, policy in (MODELS | {"retained": retained}).items():
-            if kind and name in ("streaming", "snapkv", "gated_blocks"):
+        for name, policy in (MODELS | scored).items():
+            if kind and name in ("streaming", "snapkv", "gated_blocks", "gated_scores"):
                 continue
             split = Split.over(None, LENGTH, balanced=name not in ("streaming", "snapkv"))
             with cases.case(f"model {kind}{name}"), dynmask.sparsify(model, policy) as run:
@@ -275,7 +286,7 @@ def model_cases(cases):
                 dist.all_reduce(grad)
                 cases.same(found, split.take(expected, rank, 1))
                 cases.same(grad, truth)
-    decoded_cases(cases, models, MODELS | {"retained": retained}, ids, forward)
+    decoded_cases(cases, models, MODELS | scored, ids, forward)
     model, split = models[""], Split.over(None, LENGTH)
     with dynmask.sparsify(model, Streaming(sinks=2, window=9)) as run:
         with cases.case("refuses: padding"), context_parallel(run, split):
@@ -359,6 +370,7 @@ def tensor_cases(cases, folder):
         "dam_group": (MaskCard.from_pretrained(f"{folder}/card").policy(share_group=True), None),
         "elastic": (Elastic(((1, 5, 9, 2), (3, 3, 8, 20)), 0.1, 2, 1), None),
         "gated": (keep, dynmask.GatedCache),
+        "gated_scores": (gated_by_score(), dynmask.GatedCache),
         "retained": (Retained(pair_scores(), width, 5, 2), dynmask.BoundedCache),
     }
     for name, (policy, cache) in policies.items():
@@ -433,7 +445,7 @@ def found(tmp_path_factory):
 def test_two_ranks_are_one_process(found):
     for cases in found:
         results = {k: v for k, v in cases.items() if not k.startswith("refuses")}
-        assert len(results) == 59
+        assert len(results) == 62
         wrong = {k: v for k, v in results.items() if not isinstance(v, float) or v > TOLERANCE}
         assert not wrong
 
