@@ -15,6 +15,7 @@ from dynmask.masks.base import repeat_heads
 from dynmask.nn import PairScore, Retention, ValueScore
 from dynmask.policies import Gated, Layer, Retained
 from dynmask.policies.gates import Gates
+from dynmask.policies.guard import widened
 from dynmask.policies.kept import kept_mass, sampled_rows
 from tests.tiny import tiny_llama, tiny_mistral
 
@@ -127,6 +128,17 @@ def test_kinds_of_maps_beside_each_other_stay_what_they_are():
         assert torch.equal(mask.dense()[:, h], expected[:, h]), h
 
 
+def test_kept_keys_have_no_bias():
+    query, key, value = tensors(60, 60)
+    gates = gates_of([[3, 4, 5, 5]], [[0, 6, 7, 7]], [[5, 0, 0, 0]])
+    policy = Gated(sinks=1, last=5, gates=gates, scores=scores_of(), soft=True)
+    mask, bias = policy.biased(query, key, value, Layer(0))
+    assert bias is not None and bool(bias[:, 0].any()) and not bias[:, 1:].any()
+    assert torch.equal(
+        mask.dense(), replace(policy, soft=False)(query, key, value, Layer(0)).dense()
+    )
+
+
 @given(cuts=st.lists(st.integers(1, 20), min_size=1, max_size=6), seed=st.integers(0, 99))
 def test_chunks_and_tokens_read_what_the_whole_prompt_does(cuts, seed):
     gates = gates_of([[3, 3, 8, INF]], [[5, 5, 2, 0]])
@@ -168,6 +180,10 @@ def test_the_guard_widens_what_is_kept_until_the_map_is_dense():
                 scores = policy.score(key, value, Layer(0))[b, h // 2]
                 wide = naive(scores, 4 * times, kept * times, 1, 120)
                 assert torch.equal(mask.dense()[b, h], wide)
+    tables = (x.long() for x in (gates.window[0], gates.columns[0], gates.blocks[0], gates.kept[0]))
+    _, columns, _, kept = widened(factor, 120, 2, *tables)
+    assert not columns.any()  # nothing is chosen for maps that keep
+    assert torch.equal(kept, (gates.kept * factor.clamp(min=1)).clamp(max=120))
 
 
 def test_parts_of_the_heads_are_the_same_maps():

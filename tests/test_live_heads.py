@@ -34,7 +34,7 @@ def policy_of(layers=4, decode="select", dim=16, **over):
     return Gated(**(given | {"decode": decode} | over))
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "gpt_oss"])
+@pytest.fixture(scope="module", params=["qwen3", "gpt_oss"])
 def model(request):
     """The last has layers with a window of their own: no map of these keeps by score."""
     return TINY[request.param](layers=4)
@@ -136,6 +136,30 @@ def test_any_gates_any_lengths(data):
     torch.testing.assert_close(torch.cat(got, 1), torch.cat(expected, 1), **CLOSE)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+@torch.no_grad()
+def test_beside_maps_of_blocks(offload):
+    """Of three kv heads one evicts by score, one reads blocks, one has windows."""
+    model = tiny_llama(num_attention_heads=6, num_key_value_heads=3, hidden_size=96)
+    none = [0] * 6
+    gates = gates_of(
+        [[3, 3, 4, 9, 5, 6]] * 2, [[4, 4, *none[:4]]] * 2, [none] * 2, [[0, 0, 2, 1, 0, 0]] * 2
+    )
+    sizes = {"block": 4, "query_pool": 2, "key_pool": 2, "sinks": 1}
+    policy = Gated(gates=gates, scores=scores_of(2, groups=3, dim=16), decode="select", **sizes)
+    ids, mask = prompt(length=40)
+    with sparsify(model, policy) as run:
+        expected, logits = generate(model, ids, mask, new=6)
+        cache = GatedCache(run, offload=offload)
+        tokens, got = generate(model, ids, mask, cache, new=6)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(got, logits, **CLOSE)
+    kinds = [(s.ragged, s.live, s.hosted) for s in (layer.store for layer in cache.layers)]
+    assert all(
+        ragged and live and (hosted is not None) == offload for ragged, live, hosted in kinds
+    )
+
+
 @pytest.mark.parametrize("decode", ["select", "keep"])
 @torch.no_grad()
 def test_whole_chunks_and_single_tokens_are_one(decode):
@@ -157,9 +181,9 @@ def test_whole_chunks_and_single_tokens_are_one(decode):
             torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **CLOSE)
 
 
-def test_beam_search_and_sampling(model):
-    ids, mask = prompt()
-    policy = policy_for(model)
+def test_beam_search_and_sampling():
+    model, (ids, mask) = tiny_llama(layers=4), prompt()
+    policy = policy_of(4)
     for more in ({"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}):
         outputs = []
         for own in (False, True):

@@ -7,7 +7,8 @@ from dynmask import attention
 from dynmask.masks.structural import count_bands
 from dynmask.policies import NAMES, Gated, Layer, Pooled, Streaming, VerticalSlash, parse
 from dynmask.policies.base import Evicting, Glancing, evicts
-from tests.policies import POLICIES
+from dynmask.policies.gates import Gates
+from tests.policies import POLICIES, score_modules
 
 N, HEADS, GROUPS, DIM = 70, 4, 2, 8
 
@@ -17,6 +18,17 @@ GLANCING = {
     ),
     "blocks": Gated(
         sinks=2, window=5, columns=0, blocks=1, last=4, block=4, query_pool=2, key_pool=2
+    ),
+    "scores": Gated(
+        sinks=2,
+        last=4,
+        gates=Gates(
+            torch.full((2, 4), 3).int(),
+            torch.tensor([[0, 0, 5, 0]] * 2).int(),
+            torch.zeros(2, 4),
+            kept=torch.tensor([[6, 6, 0, 4]] * 2).int(),
+        ),
+        scores=(score_modules()[0],) * 2,
     ),
 }
 
