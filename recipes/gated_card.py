@@ -120,7 +120,7 @@ def settings_of(options: argparse.Namespace, allowed: float) -> Any:
         raise ValueError(f"--least-window: expected 0 to {most}, received {options.least_window}")
     budgets = tuple(budget for budget in every if budget.window >= options.least_window)
     if options.smoke:
-        budgets = budgets[-2:]
+        budgets = (*[budget for budget in budgets if budget.kept][:1], *budgets[-2:])
     return GatedSettings(
         max_kl=allowed, density=options.density, least=options.least, pool=options.pool,
         encoder=options.encoder, budgets=budgets,

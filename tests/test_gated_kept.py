@@ -198,7 +198,9 @@ def test_parts_of_the_heads_are_the_same_maps():
         one = slice(rank, rank + 1)
         mask: Any = part(query[:, own], key[:, one], value[:, one], Layer(0))
         assert torch.equal(repeat_heads(mask.dense(), 2), every[:, own])
-        assert part.scores == (part.scores[0], None)  # no module where no map keeps by score
+        assert part.scores[1] is None  # no module where no map keeps by score
+        alone = policy.of_heads(range(4)[own], layer=1)
+        assert alone.scores == (None, None)  # nor of a layer that is not asked about
 
 
 def test_which_kv_heads_live_by_their_scores():

@@ -119,7 +119,7 @@ class LayerPlan:
             _queries(some, members) for some in (freed, whole, hosted)
         )
         asked = policy.choosing()
-        whole_policy = asked.of_heads(whole_queries.numbers)
+        whole_policy = asked.of_heads(whole_queries.numbers, layer=index)
         return cls(
             index=index,
             policy=asked,
@@ -140,7 +140,7 @@ class LayerPlan:
             whole_queries=whole_queries,
             hosted_queries=hosted_queries,
             whole_policy=whole_policy,
-            hosted_policy=asked.of_heads(hosted_queries.numbers),
+            hosted_policy=asked.of_heads(hosted_queries.numbers, layer=index),
             keeps=policy.decode == "keep",
             anew=any(policy.chooses_blocks(index, heads)) or whole_policy.keeps(index),
         )

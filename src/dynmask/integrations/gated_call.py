@@ -295,7 +295,7 @@ class GatedCall:
             for kept, x in ((ragged.keys, self.key), (ragged.values, self.value))
         )
         queries = self.plan.queries_of(kv)
-        policy = self.plan.policy.of_heads(queries.numbers, seen)
+        policy = self.plan.policy.of_heads(queries.numbers, seen, self.plan.index)
         site = self._site(queries)._replace(policy=policy)
         q = queries.take(self.query[row : row + 1, :, run])
         tell = partial(self.listener._hear, site, "prefill")

@@ -380,19 +380,25 @@ class Gated:
             return self
         return self.of_heads(own_heads(range(len(tables[0])), rank, ranks))
 
-    def of_heads(self, heads: Sequence[int], keys: int | None = None) -> Gated:
+    def of_heads(
+        self, heads: Sequence[int], keys: int | None = None, layer: int | None = None
+    ) -> Gated:
         """The policy of some query heads of every layer, as if they were all.
 
-        With ``keys`` that of a sequence of so many keys, whatever is left of them.
+        With ``keys`` that of a sequence of so many keys, whatever is left of them; with ``layer``
+        for that layer alone, so that the modules of others are not copied.
         """
         gates, promise, encoders, own = self.gates, self.promise, self.encoders, list(heads)
-        scores = self._scores_of(own)
+        scores = self._scores_of(own, layer)
         if gates is not None:
             gates = Gates(*(getattr(gates, item.name)[:, own] for item in fields(gates)))
         if promise is not None:
             promise = promise[:, own]
         if encoders is not None:
-            encoders = tuple(None if e is None else e.of_heads(own) for e in encoders)
+            encoders = tuple(
+                None if e is None or layer not in (None, index) else e.of_heads(own)
+                for index, e in enumerate(encoders)
+            )
         policy = replace(self, gates=gates, promise=promise, encoders=encoders, scores=scores)
         if keys is None:
             return policy
@@ -405,13 +411,19 @@ class Gated:
         columns = int(self.columns + self.share * keys)
         return replace(policy, gates=gates, columns=columns, share=0.0)
 
-    def _scores_of(self, heads: list[int]) -> tuple[nn.Module | None, ...] | None:
-        """The score modules of the kv heads of some query heads, whole groups of them."""
+    def _scores_of(
+        self, heads: list[int], layer: int | None = None
+    ) -> tuple[nn.Module | None, ...] | None:
+        """The score modules of the kv heads of some query heads, whole groups of them.
+
+        Those of layers (or of one) where some of these heads keep by score.
+        """
         if self.scores is None or self.gates is None:
             return None
         kept, found = self.gates.kept[:, heads], list[nn.Module | None]()
-        for module, own in zip(self.scores, kept, strict=True):
-            if isinstance(module, PairScore) and bool(own.any()):
+        for index, module in enumerate(self.scores):
+            asked = layer in (None, index) and bool(kept[index].any())
+            if isinstance(module, PairScore) and asked:
                 members = self.gates.window.shape[1] // len(module.w_in)
                 found.append(module.of_heads(sorted({head // members for head in heads})))
             else:
