@@ -295,6 +295,31 @@ def test_the_guard_widens_the_call_that_begins_and_nothing_is_kept_of_it():
     assert store.slots == 3 + 4 + 2
 
 
+@torch.no_grad()
+def test_the_guard_looks_at_chunks_among_the_keys_that_are_left():
+    """Maps that never keep what is promised read all live keys, and no more stay for it."""
+    model, (ids, mask) = tiny_llama(layers=2), prompt(length=60, padding=(9, 0, 0))
+    gates = gates_of([[3] * 4] * 2, [[4] * 4] * 2)
+    policy = policy_of(2, gates=gates, guard=0.0, promise=torch.full((2, 4), 2.0))
+    with pytest.warns(UserWarning, match="guard"), sparsify(model, policy, measure=True) as run:
+        cache = GatedCache(run)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        for first, stop in ((0, 30), (30, 60)):
+            run.reset()
+            own = {"attention_mask": mask[:, :stop], "past_key_values": cache}
+            at = positions[:, first:stop]
+            logits = model(ids[:, first:stop], **own, position_ids=at).logits
+        summary = run.summary()
+    assert summary["guard"]["maps"] == 3 * 2 * 4 == summary["guard"]["dense"]
+    before, live = [21, 30, 30], 3 + 4 + 2
+    read = sum(30 * live + 30 * 31 // 2 for _ in before)
+    causal = sum(30 * old + 30 * 31 // 2 for old in before)
+    for layer in summary["prefill"]["density_per_head"]:
+        assert layer == pytest.approx([read / causal] * 4, rel=1e-6)
+    assert logits.isfinite().all()
+    assert {store.slots for layer in cache.layers for store in layer.store.live} == {live}
+
+
 def test_runs_that_cannot_serve_it():
     model = tiny_llama()
     gates = gates_of([[3, 3, 8, INF]] * 2, [[4, 5, 2, 0]] * 2)

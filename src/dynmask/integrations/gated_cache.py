@@ -325,8 +325,8 @@ class GatedCache(OwnedCache):
     Batches padded on the left, beam search, sampling and continuing a conversation work. Layers
     with a sliding window of their own have transformers' cache and choose anew for every token.
     Forgetting tokens (``crop``) works until the first key was dropped. A ``copy.deepcopy`` is a
-    fork. The guard of a policy looks at what is still there, and at maps that evict by score in the
-    call that begins a sequence alone; kept mass is measured in that call.
+    fork. The guard of a policy looks at what is still there; kept mass is measured in the call
+    that begins a sequence.
 
     Maps that choose blocks do so from pools of the keys, which the cache carries along: a decoded
     token or a chunk pools its own keys alone.

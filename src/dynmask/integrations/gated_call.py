@@ -14,6 +14,7 @@ from ..hosted import HostedStore
 from ..masks import LifetimeMask, Mask, MixedMask, Span
 from ..plan import Plan
 from ..policies import Gated, Layer
+from ..policies.guard import GUARD_ROWS
 from ..ragged import Part, RaggedStore, WholeStore
 from .adapter import Adapter, Site
 from .calls import NO_CALL
@@ -335,9 +336,10 @@ class GatedCall:
                 if out is None:
                     return q.new_zeros(*q.shape[:3], live.value.shape[-1])
                 assert site.heads is not None
-                self._count(site.heads, live.mask, len(q))
-                self.listener._note(site, phase, q, live.mask, None)
-                return self.listener._compute(site, q, live.key, live.value, live.mask, None)
+                mask = self._guarded(site, phase, q, live)
+                self._count(site.heads, mask, len(q))
+                self.listener._note(site, phase, q, mask, None)
+                return self.listener._compute(site, q, live.key, live.value, mask, None)
 
             assert scores is not None
             q, spans = queries.take(self.query), self.site.where.spans
@@ -345,6 +347,17 @@ class GatedCall:
             part = store.attend(q, k, v, s, spans, compute=compute)
             if out is not None:
                 queries.put(out, part)
+
+    def _guarded(self, site: Site, phase: str, query: Tensor, live: Live) -> Mask:
+        """What heads that evict by score read of live keys: more where a guard asks for it."""
+        policy = self.plan.policy
+        if policy.guard is None or query.shape[2] < GUARD_ROWS:
+            return live.mask
+        assert site.heads is not None
+        site = site._replace(policy=policy.of_heads(site.heads.numbers, layer=self.plan.index))
+        tell = partial(self.listener._hear, site, phase)
+        layer = Layer(self.plan.index, tell=tell, scores=live.scores)
+        return self.listener._ask(site, phase, layer, query, live.key, live.value)[0]
 
     # what all have in common
 
