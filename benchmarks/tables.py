@@ -537,6 +537,39 @@ def scaling() -> str:
     return "\n".join(lines)
 
 
+def recalled(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[float]]:
+    """Associative recall of each (case, tokens, pairs, w, mixer, model width), one a seed.
+
+    Of the grid's two learning rates the better counts.
+    """
+    best: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row in rows:
+        if "accuracy" in row:
+            name = (*row["case"].values(), row["mixer"], row["hidden"])
+            seeds = best.setdefault(name, {})
+            seeds[row["seed"]] = max(seeds.get(row["seed"], 0.0), row["accuracy"])
+    return {name: [seeds[seed] for seed in sorted(seeds)] for name, seeds in best.items()}
+
+
+def recall(rows: list[dict[str, Any]] | None = None) -> str:
+    """Right answers of associative recall in percent: the mean over seeds, and their range."""
+    found = recalled(rows_of(RESULTS / "mqar.jsonl") if rows is None else rows)
+    mixers = list(dict.fromkeys(name[4] for name in found))
+    lines = [f"| case | tokens | pairs | w | model width | {' | '.join(mixers)} |",
+             "|" + "---|" * (5 + len(mixers))]  # fmt: skip
+    for case, tokens, pairs, width, hidden in sorted({(*n[:4], n[5]) for n in found}):
+        cells = []
+        for mixer in mixers:
+            values = found.get((case, tokens, pairs, width, mixer, hidden), [])
+            text = f"{100 * statistics.mean(values):.1f}" if values else "-"
+            if len(values) > 1:
+                text += f" ({100 * min(values):.0f} to {100 * max(values):.0f})"
+            cells.append(text)
+        lines.append(f"| {case} | {tokens:,} | {pairs} | {width} | {hidden} | "
+                     f"{' | '.join(cells)} |")  # fmt: skip
+    return "\n".join(lines)
+
+
 def _ms(row: dict[str, Any]) -> str:
     """A time, marked when it was not measured but extrapolated."""
     if "median_s" not in row:
@@ -567,6 +600,7 @@ TABLES = {
     "gpu-full": gpu_full,
     "goals": goals,
     "scaling": scaling,
+    "recall": recall,
     "goals-dma": lambda: goals(3),
     "goals-generator": lambda: goals(4),
     "goals-long": lambda: goals(5),
