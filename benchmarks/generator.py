@@ -220,6 +220,7 @@ def prefill(model: Any, ids: Tensor, policy: Gated | None, decode: bool) -> Row:
     weights = memory(device)
     context: Any = nullcontext() if policy is None else sparsify(model, policy)
     with context as run:
+        model(input_ids=ids[:, :64], use_cache=False)  # what a server does once, for all prompts
         bounded = policy is not None and decode
         cache: Any = GatedCache(run) if bounded else DynamicCache(config=model.config)
         with PeakMemory(device) as peak:
