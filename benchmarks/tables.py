@@ -134,7 +134,7 @@ def retained() -> str:
         [
             *lines,
             "",
-            "\\* its keys alone: dynmask runs it as a mask and frees nothing.",
+            "\\* its keys alone: measured as a mask, which frees nothing (H2O has a cache since).",
             "",
             f"Records do not compress: the taught scores answer {taught:.0%} of them, the best of "
             f"these caches {max(records.values()):.0%}. Nearly every key\nof random lines must be "
