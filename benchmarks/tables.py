@@ -9,10 +9,12 @@ import math
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.baselines import BASELINES
 from benchmarks.gpu_cases import CASES
 from benchmarks.headline import rows_of
 from dynmask import MaskCard
@@ -134,7 +136,7 @@ def retained() -> str:
         [
             *lines,
             "",
-            "\\* its keys alone: dynmask runs it as a mask and frees nothing.",
+            "\\* its keys alone: measured as a mask, which frees nothing (H2O has a cache since).",
             "",
             f"Records do not compress: the taught scores answer {taught:.0%} of them, the best of "
             f"these caches {max(records.values()):.0%}. Nearly every key\nof random lines must be "
@@ -343,6 +345,52 @@ def _answered(rows: list[dict[str, Any]], task: str, policy: str) -> str:
         right += f", {len(found)} of {groups} tasks"
     density = statistics.mean(r["density"] for r in found)
     return f"{right}{star}" if policy == "full" else f"{right}{star}; {density:.2%}"
+
+
+def baselines() -> str:
+    """What every policy answers, reads and takes on the same questions; "-" is not measured yet."""
+    rows = rows_of(RESULTS / "baselines.jsonl")
+    tasks = list(dict.fromkeys((r["model"], r["task"], r["group"]) for r in rows))
+    tables = []
+    for model, task, group in tasks or [(MODEL.name, "longeval 600", "")]:
+        own = {r["policy"]: r for r in rows if (r["model"], r["task"], r["group"]) ==
+               (model, task, group)}  # fmt: skip
+        labels = list(dict.fromkeys([*(one.label for one in BASELINES), *own]))
+        origins = {(r["device"]["name"], r["dtype"], r["versions"]["torch"], str(r["commit"])[:7])
+                   for r in own.values()}  # fmt: skip
+        said = [f"{device}, {dtype}, torch {torch}, commit {commit}"
+                for device, dtype, torch, commit in sorted(origins)]  # fmt: skip
+        tables.append("\n".join([
+            f"`{model}`, {task}; {'; '.join(said) or 'not measured yet'}:", "",
+            "| policy | right | points to full (95 %) | density | decoding | attention kept | KL | "
+            "prefill | a token | memory |", "|" + "---|" * 10,
+            *(f"| {label} | {' | '.join(_baseline(own.get(label, {})))} |" for label in labels),
+        ]))  # fmt: skip
+    return "\n\n".join(tables)
+
+
+def _baseline(row: dict[str, Any]) -> list[str]:
+    """Cells of a policy's row, each "-" where it was not measured."""
+
+    def cell(key: str, form: Callable[[Any], str]) -> str:
+        return "-" if row.get(key) is None else form(row[key])
+
+    def points(x: float) -> str:
+        interval = row.get("difference_interval") or ()
+        return f"{100 * x:+.1f}" + (f" ({' to '.join(f'{100 * y:+.1f}' for y in interval)})"
+                                    if interval else "")  # fmt: skip
+
+    return [
+        cell("accuracy", lambda x: f"{x * row['n']:.3g} of {row['n']}"),
+        cell("difference", points),
+        cell("density", lambda x: f"{x:.1%}"),
+        cell("density_decode", lambda x: f"{x:.1%}"),
+        cell("kept_mass", lambda x: f"{x:.1%}"),
+        cell("kl", lambda x: f"{x:.2g}"),
+        cell("prefill_seconds", lambda x: f"{x:.3g} s"),
+        cell("ms_per_token", lambda x: f"{x:.3g} ms"),
+        cell("peak_memory_bytes", lambda x: f"{x / 1e6:,.0f} MB"),
+    ]
 
 
 def cpu() -> str:
@@ -592,6 +640,7 @@ TABLES = {
     "retained-full": retained_full,
     "gated": gated,
     "gated-tasks": gated_tasks,
+    "baselines": baselines,
     "million": million,
     "gpus": gpus,
     "vllm": vllm,

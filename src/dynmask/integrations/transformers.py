@@ -21,13 +21,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from ..attention import choose
 from ..masks import Mask
-from ..policies import Gated
 from ..policies.base import evicts
 from .adapter import Adapter, Site
 from .calls import note_call
 from .checks import (
     PREFIX,
     attention_modules,
+    cache_layers,
     check_forward,
     check_model,
     check_policy,
@@ -198,12 +198,12 @@ class Run(Adapter):
             self._before.append((config, config._attn_implementation_internal))
             config._attn_implementation_internal = self._name
 
-        bounded, gated = evicts(self.policy), isinstance(self.policy, Gated)
+        bounded, own = evicts(self.policy), cache_layers(self.policy)
 
         def check(module: nn.Module, args: tuple, kwargs: dict) -> None:
             # a mask that the caller has changed in place since is read anew
             self._placements.clear()
-            check_forward(module, args, kwargs, bounded, gated)
+            check_forward(module, args, kwargs, own)
 
         hook: Any = torch.compiler.disable(check)
         for module in self.model.modules():
@@ -212,7 +212,7 @@ class Run(Adapter):
         modules = attention_modules(self.model)
         if bounded:
             learn_rotaries(self.model, modules)
-        if bounded or gated:
+        if own:
             note: Any = note_call
             for module in modules:
                 self._hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
