@@ -1,4 +1,4 @@
-"""The gated policy, timed: attention with its choice and lowering, first token, decoding memory.
+"""The gated policy, timed: attention, first token, decoding memory, a lesson of its encoder.
 
     python benchmarks/generator.py                             # where a GPU is
     python benchmarks/generator.py --device cpu --smoke --out /tmp/trial
@@ -7,7 +7,8 @@ The gates are those of the reference model's card, its maps repeated over the he
 over the layers of the shapes below; so the shares of windows, columns and dense maps are those
 that a calibration left. Inputs and weights are random, and keys of any worth are taken (``least``
 0): every map reads as much as its gate allows, which is the most that the card can cost. Every
-timed call chooses, lowers and attends. Beside it stands dense attention, SDPA's.
+timed call chooses, lowers and attends. Beside it stands dense attention, SDPA's. A lesson is what
+one layer's encoder learns from one document.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ from benchmarks.headline import record, rows_of, write_rows
 from benchmarks.peers import SDPA, _backend
 from benchmarks.timing import Clock, summary
 from dynmask import MaskCard, attention, sparsify
+from dynmask.encoder import encoder_loss_of
+from dynmask.encoder_training import encoder_of
 from dynmask.evals.memory import PeakMemory
 from dynmask.evals.provenance import machine
+from dynmask.gated_settings import WITH_BLOCKS, GatedSettings
 from dynmask.integrations.gated_cache import GatedCache
 from dynmask.policies import Gated, Layer
 
@@ -40,6 +44,8 @@ RESULTS = Path(__file__).parent / "results"
 CARD = ROOT / "models" / "dynmask-reference-gated"
 HEADS, GROUPS, DIM = 32, 8, 128
 DECODED = 32  # tokens of the decode phase
+LESSON = 65_536  # tokens of the encoder's lesson
+PARTS = "attention", "first", "short", "batch", "lessons"
 DENSE_UP_TO = 16_384  # where decoding drops nothing: shorter inputs gain nothing by a choice
 
 Row = dict[str, Any]
@@ -148,6 +154,38 @@ def attend(policy: Gated, keys: int, device: torch.device, rounds: int) -> list[
     ]  # fmt: skip
 
 
+def lessons(keys: int, device: torch.device, rounds: int) -> list[Row]:
+    """One lesson of a layer's encoder, by either teacher: seconds, and the peak beside its inputs.
+
+    The lesson draws blocks of the default settings; a teacher's maps are made a tile at a time.
+    """
+    g = torch.Generator(device).manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    query, key, value = (
+        torch.randn(1, n, keys, DIM, generator=g, device=device, dtype=dtype)
+        for n in (HEADS, GROUPS, GROUPS)
+    )
+    settings, rows = GatedSettings(budgets=WITH_BLOCKS, encoder=True), []
+    about = {"heads": HEADS, "kv_heads": GROUPS, "head_dim": DIM}
+    for teacher in ("mass", "effect"):
+        encoder = encoder_of(settings, about).to(device)
+        taken, highest = [], 0
+        for turn in range(rounds + 1):
+            with PeakMemory(device) as peak:
+                wait(device)
+                started = time.perf_counter()
+                encoder_loss_of(
+                    encoder, query, key, value, query_blocks=settings.lessons, teacher=teacher
+                ).backward()
+                wait(device)
+            if turn:  # the first compiles
+                taken.append(time.perf_counter() - started)
+                highest = max(highest, peak.bytes)
+        rows.append({"case": f"encoder lesson {keys:,}", "variant": teacher, "keys": keys,
+                     "peak_bytes": highest, **summary(taken)})  # fmt: skip
+    return rows
+
+
 def model_rows(
     shape: Shape, policy: Gated, lengths: tuple[int, ...], device: torch.device, rounds: int,
     decode: bool = False, batch: int = 1,
@@ -187,6 +225,7 @@ def prefill(model: Any, ids: Tensor, policy: Gated | None, decode: bool) -> Row:
     weights = memory(device)
     context: Any = nullcontext() if policy is None else sparsify(model, policy)
     with context as run:
+        model(input_ids=ids[:, :64], use_cache=False)  # what a server does once, for all prompts
         bounded = policy is not None and decode
         cache: Any = GatedCache(run) if bounded else DynamicCache(config=model.config)
         with PeakMemory(device) as peak:
@@ -228,6 +267,7 @@ def show(row: Row) -> None:
         for key, name, scale in (
             ("density", "density %", 100), ("held_bytes", "held MB", 1e-6),
             ("decode_peak_bytes", "decode MB", 1e-6), ("prefill_peak_bytes", "prefill MB", 1e-6),
+            ("peak_bytes", "peak MB", 1e-6),
         )
         if key in row
     )  # fmt: skip
@@ -291,7 +331,7 @@ def main() -> None:
     parser.add_argument("--card", type=Path, default=CARD)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="toy sizes: does it run through?")
-    parser.add_argument("--only", nargs="+", choices=("attention", "first", "short", "batch"))
+    parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--commit", default=None, help="what is measured, where git cannot tell")
     parser.add_argument("--out", default=str(RESULTS))
     args = parser.parse_args()
@@ -319,12 +359,13 @@ def main() -> None:
             row for n in ((256,) if small else ATTENTION)
             for row in attend(policy, n, device, 2 if small else 5)
         ],
+        "lessons": lambda: lessons(256 if small else LESSON, device, 1 if small else 3),
     }  # fmt: skip
     for name, part in parts.items():
         if args.only and name not in args.only:
             continue
         found = [{**row, **here} for row in part()]
-        if name == "attention":
+        if name in ("attention", "lessons"):
             for row in found:
                 show(row)
         rows += found

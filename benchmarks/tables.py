@@ -9,10 +9,12 @@ import math
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.baselines import BASELINES
 from benchmarks.gpu_cases import CASES
 from benchmarks.headline import rows_of
 from dynmask import MaskCard
@@ -134,7 +136,7 @@ def retained() -> str:
         [
             *lines,
             "",
-            "\\* its keys alone: dynmask runs it as a mask and frees nothing.",
+            "\\* its keys alone: measured as a mask, which frees nothing (H2O has a cache since).",
             "",
             f"Records do not compress: the taught scores answer {taught:.0%} of them, the best of "
             f"these caches {max(records.values()):.0%}. Nearly every key\nof random lines must be "
@@ -345,6 +347,52 @@ def _answered(rows: list[dict[str, Any]], task: str, policy: str) -> str:
     return f"{right}{star}" if policy == "full" else f"{right}{star}; {density:.2%}"
 
 
+def baselines() -> str:
+    """What every policy answers, reads and takes on the same questions; "-" is not measured yet."""
+    rows = rows_of(RESULTS / "baselines.jsonl")
+    tasks = list(dict.fromkeys((r["model"], r["task"], r["group"]) for r in rows))
+    tables = []
+    for model, task, group in tasks or [(MODEL.name, "longeval 600", "")]:
+        own = {r["policy"]: r for r in rows if (r["model"], r["task"], r["group"]) ==
+               (model, task, group)}  # fmt: skip
+        labels = list(dict.fromkeys([*(one.label for one in BASELINES), *own]))
+        origins = {(r["device"]["name"], r["dtype"], r["versions"]["torch"], str(r["commit"])[:7])
+                   for r in own.values()}  # fmt: skip
+        said = [f"{device}, {dtype}, torch {torch}, commit {commit}"
+                for device, dtype, torch, commit in sorted(origins)]  # fmt: skip
+        tables.append("\n".join([
+            f"`{model}`, {task}; {'; '.join(said) or 'not measured yet'}:", "",
+            "| policy | right | points to full (95 %) | density | decoding | attention kept | KL | "
+            "prefill | a token | memory |", "|" + "---|" * 10,
+            *(f"| {label} | {' | '.join(_baseline(own.get(label, {})))} |" for label in labels),
+        ]))  # fmt: skip
+    return "\n\n".join(tables)
+
+
+def _baseline(row: dict[str, Any]) -> list[str]:
+    """Cells of a policy's row, each "-" where it was not measured."""
+
+    def cell(key: str, form: Callable[[Any], str]) -> str:
+        return "-" if row.get(key) is None else form(row[key])
+
+    def points(x: float) -> str:
+        interval = row.get("difference_interval") or ()
+        return f"{100 * x:+.1f}" + (f" ({' to '.join(f'{100 * y:+.1f}' for y in interval)})"
+                                    if interval else "")  # fmt: skip
+
+    return [
+        cell("accuracy", lambda x: f"{x * row['n']:.3g} of {row['n']}"),
+        cell("difference", points),
+        cell("density", lambda x: f"{x:.1%}"),
+        cell("density_decode", lambda x: f"{x:.1%}"),
+        cell("kept_mass", lambda x: f"{x:.1%}"),
+        cell("kl", lambda x: f"{x:.2g}"),
+        cell("prefill_seconds", lambda x: f"{x:.3g} s"),
+        cell("ms_per_token", lambda x: f"{x:.3g} ms"),
+        cell("peak_memory_bytes", lambda x: f"{x / 1e6:,.0f} MB"),
+    ]
+
+
 def cpu() -> str:
     """The CPU kernel beside SDPA."""
     rows = rows_of(RESULTS / "cpu.jsonl")
@@ -537,6 +585,39 @@ def scaling() -> str:
     return "\n".join(lines)
 
 
+def recalled(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[float]]:
+    """Associative recall of each (case, tokens, pairs, w, mixer, model width), one a seed.
+
+    Of the grid's two learning rates the better counts.
+    """
+    best: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row in rows:
+        if "accuracy" in row:
+            name = (*row["case"].values(), row["mixer"], row["hidden"])
+            seeds = best.setdefault(name, {})
+            seeds[row["seed"]] = max(seeds.get(row["seed"], 0.0), row["accuracy"])
+    return {name: [seeds[seed] for seed in sorted(seeds)] for name, seeds in best.items()}
+
+
+def recall(rows: list[dict[str, Any]] | None = None) -> str:
+    """Right answers of associative recall in percent: the mean over seeds, and their range."""
+    found = recalled(rows_of(RESULTS / "mqar.jsonl") if rows is None else rows)
+    mixers = list(dict.fromkeys(name[4] for name in found))
+    lines = [f"| case | tokens | pairs | w | model width | {' | '.join(mixers)} |",
+             "|" + "---|" * (5 + len(mixers))]  # fmt: skip
+    for case, tokens, pairs, width, hidden in sorted({(*n[:4], n[5]) for n in found}):
+        cells = []
+        for mixer in mixers:
+            values = found.get((case, tokens, pairs, width, mixer, hidden), [])
+            text = f"{100 * statistics.mean(values):.1f}" if values else "-"
+            if len(values) > 1:
+                text += f" ({100 * min(values):.0f} to {100 * max(values):.0f})"
+            cells.append(text)
+        lines.append(f"| {case} | {tokens:,} | {pairs} | {width} | {hidden} | "
+                     f"{' | '.join(cells)} |")  # fmt: skip
+    return "\n".join(lines)
+
+
 def _ms(row: dict[str, Any]) -> str:
     """A time, marked when it was not measured but extrapolated."""
     if "median_s" not in row:
@@ -559,6 +640,7 @@ TABLES = {
     "retained-full": retained_full,
     "gated": gated,
     "gated-tasks": gated_tasks,
+    "baselines": baselines,
     "million": million,
     "gpus": gpus,
     "vllm": vllm,
@@ -567,6 +649,7 @@ TABLES = {
     "gpu-full": gpu_full,
     "goals": goals,
     "scaling": scaling,
+    "recall": recall,
     "goals-dma": lambda: goals(3),
     "goals-generator": lambda: goals(4),
     "goals-long": lambda: goals(5),

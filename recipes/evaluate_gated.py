@@ -6,15 +6,22 @@
     python recipes/evaluate_gated.py --policies vertical_slash gated:columns=1024 retained:CARD
     python recipes/evaluate_gated.py --plot "longeval 600"       # docs/generator.png
     python recipes/evaluate_gated.py --goals                 # what was asked for, from the rows
+    python recipes/evaluate_gated.py --baselines --timed --tasks "longeval 600" --longeval FOLDER
+    python recipes/evaluate_gated.py --baselines --timed --only h2o quest --tasks "lines 16384"
+    python recipes/evaluate_gated.py --baselines --plot "longeval 600"  # docs/baselines.png
 
 Policies are full attention, the zero-shot gates (``Gated()`` as it comes) and the card that
 ``recipes/gated_card.py`` left beside the model, or those of ``--cards``, the first of which the
 goals are about; with ``--decode`` these again, decoding another way. With ``--policies`` it is
-full attention and what is named, in the words of ``dynmask evaluate``. With ``--jobs`` tasks are
-evaluated side by side; one at a time they may be stopped by Ctrl-C, and what was answered is kept.
-A row of ``benchmarks/results/generator_tasks.jsonl`` is one of a model, task, group and policy; a
-later run replaces it. "ruler:vt+cwe 32768" asks two of RULER's tasks. FOLDER holds the official
-files ``200_lines.jsonl`` to ``800_lines.jsonl``, which are not part of this repository.
+full attention and what is named, in the words of ``dynmask evaluate``. With ``--baselines`` it is
+the list of ``benchmarks/baselines.py``, or of it full attention and ``--only`` some, by label or
+policy; their rows go to ``benchmarks/results/baselines.jsonl``. ``--timed`` adds a pass that
+measures seconds, milliseconds a token and memory: let nothing else run beside it. With ``--jobs``
+tasks are evaluated side by side; one at a time they may be stopped by Ctrl-C, and what was
+answered is kept. A row of ``benchmarks/results/generator_tasks.jsonl`` is one of a model, task,
+group and policy; a later run replaces it. "ruler:vt+cwe 32768" asks two of RULER's tasks. FOLDER
+holds the official files ``200_lines.jsonl`` to ``800_lines.jsonl``, which are not part of this
+repository.
 """
 
 from __future__ import annotations
@@ -41,6 +48,8 @@ KEEP = (
     "policy", "n", "accuracy", "accuracy_interval", "difference", "difference_interval",
     "density", "density_decode", "kept_mass", "kept_mass_p5", "kl", "agreement", "widened",
 )  # fmt: skip
+TIMED = ("prefill_seconds", "ms_per_token", "peak_memory_bytes", "cache_bytes")
+TASK_ROWS, BASELINE_ROWS = (RESULTS / f"{name}.jsonl" for name in ("generator_tasks", "baselines"))
 
 Row = dict[str, Any]
 
@@ -100,13 +109,38 @@ def gated_policies(options: argparse.Namespace) -> dict[str, Any]:
     return policies
 
 
+def baselines(options: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
+    """Label and text form of the baselines that were asked for, and labels of those left out.
+
+    Left out are those whose card is not beside the model.
+    """
+    from benchmarks.baselines import BASELINES
+
+    cards = {"gated": options.cards[0] if options.cards else None,
+             "retained": options.model.with_name(f"{options.model.name}-retained")}  # fmt: skip
+    there = {kind: str(path) for kind, path in cards.items() if path and path.is_dir()}
+    asked = [
+        one
+        for one in BASELINES
+        if not options.only or {one.label, one.kind} & {"full", *options.only}
+    ]
+    specs: dict[str, str] = {}
+    missing: list[str] = []
+    for one in asked:
+        try:
+            specs[one.label] = one.spec.format(**there)
+        except KeyError:
+            missing.append(one.label)
+    return specs, missing
+
+
 def run(name: str, options: argparse.Namespace) -> list[Row]:
     """One task under every policy."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from dynmask.cli.common import resolve_policy
     from dynmask.evals.engine import Interrupted, evaluate
-    from dynmask.policies import parse
 
     torch.set_num_threads(options.threads)
     task, length = task_of(name, options.longeval)
@@ -114,15 +148,19 @@ def run(name: str, options: argparse.Namespace) -> list[Row]:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     model = model.to(options.device).eval()
     policies: dict[str, Any] = {} if options.no_full else {"full": None}
-    if options.policies:
-        policies |= {spec: parse(spec) for spec in options.policies}
+    if options.baselines:
+        specs = baselines(options)[0].items()
+        own = {label: resolve_policy(spec) for label, spec in specs if label != "full"}
+    elif options.policies:
+        own = {spec: resolve_policy(spec) for spec in options.policies}
     else:
-        policies |= gated_policies(options)
+        own = gated_policies(options)
+    policies |= own
     few = options.ruler_n if name.startswith("ruler") else options.n
     try:
         report = evaluate(
-            model, tokenizer, policies, task, n=few, length=length, measure_rows=16, timing=False,
-            progress=options.jobs == 1,
+            model, tokenizer, policies, task, n=few, length=length, measure_rows=16,
+            timing=options.timed, progress=options.jobs == 1,
         )  # fmt: skip
     except Interrupted as stop:  # what was answered counts
         report = stop.report
@@ -138,7 +176,7 @@ def run(name: str, options: argparse.Namespace) -> list[Row]:
     return [
         {"model": options.model.name, "task": f"ruler {size}" if some else name,
          "group": alone + row.group,
-         **{key: asdict(row)[key] for key in KEEP},
+         **{key: asdict(row)[key] for key in (*KEEP, *(TIMED if options.timed else ()))},
          "wrong": wrong.get((row.policy, row.group), []), **here}
         for row in report.rows
     ]  # fmt: skip
@@ -214,10 +252,14 @@ def show(rows: list[Row]) -> None:
               f"{row['density']:.2%}", flush=True)  # fmt: skip
 
 
-def draw(rows: list[Row], model: str, task: str, path: Path, names: list[str] | None) -> None:
+def draw(
+    rows: list[Row], model: str, task: str, path: Path, names: list[str] | None,
+    alone: bool = False,
+) -> None:  # fmt: skip
     """Draw right answers and divergence of a task's policies against what they read.
 
-    Those of other policies that ``recipes/evaluate_reference.py`` measured stand beside them.
+    Unless alone, those of other policies that ``recipes/evaluate_reference.py`` measured stand
+    beside them.
     """
     from benchmarks.headline import rows_of
     from dynmask.evals.plots import pareto_of
@@ -225,7 +267,7 @@ def draw(rows: list[Row], model: str, task: str, path: Path, names: list[str] | 
     some = [row for row in rows if (row["model"], row["task"]) == (model, task)]
     if not some:
         raise SystemExit(f"--plot: expected a task with rows of {model}, received {task!r}")
-    if model == MODEL.name:
+    if model == MODEL.name and not alone:
         beside = rows_of(RESULTS / "reference.jsonl")
         some += [row for row in beside if row["task"] == task and row["policy"] != "full"]
     known = {row["policy"] for row in some}
@@ -255,6 +297,15 @@ def main() -> None:
     )
     parser.add_argument("--policies", nargs="+", metavar="SPEC", help="these, and no gated ones")
     parser.add_argument(
+        "--baselines", action="store_true", help="the policies of benchmarks/baselines.py"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="of the baselines these, by label or policy"
+    )
+    parser.add_argument(
+        "--timed", action="store_true", help="measure seconds and memory in a pass of their own"
+    )
+    parser.add_argument(
         "--no-full", action="store_true", help="full attention is known: keep its rows"
     )
     parser.add_argument("--tasks", nargs="+", default=list(LONGEVAL), metavar="TASK")
@@ -266,7 +317,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="tasks evaluated at a time")
     parser.add_argument("--threads", type=int, default=2, help="threads of each job")
     parser.add_argument("--commit", default=None, help="what is run, where git cannot tell")
-    parser.add_argument("--out", type=Path, default=RESULTS / "generator_tasks.jsonl")
+    parser.add_argument(
+        "--out", type=Path, help="default: generator_tasks.jsonl or baselines.jsonl of the results"
+    )
     parser.add_argument(
         "--goals", action="store_true", help="write the goals of the rows, and stop"
     )
@@ -274,15 +327,18 @@ def main() -> None:
         "--plot", metavar="TASK", help="draw the rows of a task (of --policies), and stop"
     )
     parser.add_argument(
-        "--out-plot", type=Path, default=ROOT / "docs" / "generator.png", help="where to"
+        "--out-plot", type=Path, help="where to; default: generator.png or baselines.png of docs"
     )
     options = parser.parse_args()
+    options.out = options.out or (BASELINE_ROWS if options.baselines else TASK_ROWS)
 
     from benchmarks.headline import rows_of, write_rows
 
     if options.plot:
-        named = options.policies
-        draw(rows_of(options.out), options.model.name, options.plot, options.out_plot, named)
+        picture = "baselines.png" if options.baselines else "generator.png"
+        draw(rows_of(options.out), options.model.name, options.plot,
+             options.out_plot or ROOT / "docs" / picture, options.policies,
+             alone=options.baselines)  # fmt: skip
         return
     if options.goals:
         show(rows_of(options.out))
@@ -294,13 +350,32 @@ def main() -> None:
         options.cards = [beside] if beside.is_dir() else []
     if options.policies and (options.decode or given):
         parser.error("--policies: expected neither --decode nor --cards beside it, received one")
+    if options.baselines and (options.policies or options.decode):
+        parser.error("--baselines: expected no --policies or --decode beside it, received one")
+    if options.only and not options.baselines:
+        parser.error("--only: expected --baselines, of which it takes some, received none")
+    if options.timed and options.jobs > 1:
+        parser.error(f"--timed: expected one task at a time, received --jobs {options.jobs}")
+    from benchmarks.baselines import BASELINES
     from dynmask.policies import parse
 
+    known = {name for one in BASELINES for name in (one.label, one.kind)}
+    if wrong := sorted(set(options.only or ()) - known):
+        parser.error(f"--only: expected some of {', '.join(sorted(known))}, received "
+                     f"{', '.join(wrong)}")  # fmt: skip
+    if options.baselines:
+        specs, missing = baselines(options)
+        if missing:
+            print(f"note: left out, for there is no card of theirs beside {options.model}: "
+                  f"{'; '.join(missing)}", file=sys.stderr)  # fmt: skip
+    else:
+        specs = {spec: spec for spec in options.policies or ()}
     try:  # a name that is none fails before the work
         for name in options.tasks:
             task_of(name, options.longeval)
-        for spec in options.policies or ():
-            parse(spec)
+        for spec in specs.values():
+            if spec != "full":
+                parse(spec)
     except ValueError as error:
         parser.error(str(error))
 
@@ -320,7 +395,7 @@ def main() -> None:
             waiting = [pool.submit(run, name, options) for name in options.tasks]
             for done in as_completed(waiting):
                 keep(done.result())
-    if options.out.parent == RESULTS:
+    if options.out == TASK_ROWS:
         record_goals(rows_of(options.out))
 
 

@@ -52,6 +52,9 @@ import torch.nn.functional as F
 from dma_decoder import Decoder, Shape, describe
 from torch import Tensor
 
+from benchmarks.headline import record
+from benchmarks.tables import recall, recalled
+
 VOCABULARY = 8_192
 POWER = 0.01
 RATES = (1e-2, 3e-3)
@@ -68,6 +71,8 @@ MIXERS: dict[str, dict[str, Any]] = {
                          "retention_weight": 0.0},
     "nsa": {"mixer": "nsa"},
 }  # fmt: skip
+
+MIXER_NAMES = {"window": "a sliding window", "nsa": "NSA", "mla": "MLA"}
 
 
 @dataclass(frozen=True)
@@ -279,45 +284,40 @@ def order(
 # -------------------------------------------------------------------------------------- the report
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[float]]:
-    """Return the accuracies of each (case, length, mixer, hidden), one a seed.
-
-    Of the grid's two learning rates the better counts.
-    """
-    best: dict[tuple[Any, ...], dict[int, float]] = {}
-    for row in rows:
-        if "accuracy" in row:
-            case = row["case"]
-            name = (case["name"], case["length"], case["pairs"], case["width"], row["mixer"],
-                    row["hidden"])  # fmt: skip
-            seeds = best.setdefault(name, {})
-            seeds[row["seed"]] = max(seeds.get(row["seed"], 0.0), row["accuracy"])
-    return {name: [seeds[s] for s in sorted(seeds)] for name, seeds in best.items()}
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return a markdown table: mean over seeds, and their range where there are several."""
-    found = summary(rows)
-    mixers = [m for m in MIXERS if any(name[4] == m for name in found)]
-    lines = ["| case | tokens | pairs | w | width | " + " | ".join(mixers) + " |",
-             "|" + "---|" * (5 + len(mixers))]  # fmt: skip
-    for case, hidden in itertools.product(CASES, sorted(WIDTHS)):
-        cells = []
-        for mixer in mixers:
-            values = found.get((*asdict(case).values(), mixer, hidden))
-            if not values:
-                cells.append("-")
-                continue
-            text = f"{100 * sum(values) / len(values):.1f}"
-            if len(values) > 1:
-                text += f" ({100 * min(values):.0f} to {100 * max(values):.0f})"
-            cells.append(text)
-        if any(cell != "-" for cell in cells):
-            lines.append(f"| {case.name} | {case.length:,} | {case.pairs} | {case.width} | "
-                         f"{hidden} | " + " | ".join(cells) + " |")  # fmt: skip
+def errors(rows: list[dict[str, Any]]) -> list[str]:
+    """Say why mixers did not run."""
     ran = {row["mixer"] for row in rows if "accuracy" in row}
-    errors = {(r["mixer"], r["error"]) for r in rows if "error" in r and r["mixer"] not in ran}
-    return "\n".join([*lines, "", *(f"{mixer} did not run: {why}" for mixer, why in errors)])
+    found = {(r["mixer"], r["error"]) for r in rows if "error" in r and r["mixer"] not in ran}
+    return [f"{mixer} did not run: {why}" for mixer, why in sorted(found)]
+
+
+def record_goals(rows: list[dict[str, Any]]) -> None:
+    """Write to headline.jsonl how DMA stands to the others in its worst cell."""
+    found = {name: sum(seeds) / len(seeds) for name, seeds in recalled(rows).items()}
+    cells = {(*name[:4], name[5]) for name in found if name[4] == "dma"}
+
+    def of(cell: tuple[Any, ...], mixer: str) -> float | None:
+        return found.get((*cell[:4], mixer, cell[4]))
+
+    for mixer, note in (("window", ""), ("nsa", ""), ("mla", "keeps a latent of every token")):
+        ahead = {
+            cell: found[*cell[:4], "dma", cell[4]] - other
+            for cell in cells
+            if (other := of(cell, mixer)) is not None
+        }
+        if not ahead:
+            continue
+        worst = min(ahead, key=ahead.__getitem__)
+        name, length, pairs, width, hidden = worst
+        record(
+            issue=3, goal=f"MQAR, DMA minus {MIXER_NAMES[mixer]}, the worst of their cells",
+            metric="accuracy", value=round(ahead[worst], 4), target=0.0, better="higher",
+            device=None, origin=next(r for r in rows if r["mixer"] == mixer and "accuracy" in r),
+            command="python recipes/mqar.py --report",
+            note=f"{name}, {length:,} tokens, {pairs} pairs, w {width}, model width {hidden}; "
+                 f"{sum(x > 0 for x in ahead.values())} of {len(ahead)} cells ahead"
+                 + (f"; {mixer.upper()} {note}" if note else ""),
+        )  # fmt: skip
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -327,7 +327,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = summary(rows)
+    found = recalled(rows)
     cases = [case for case in CASES if any(n[:4] == tuple(asdict(case).values()) for n in found)]
     columns = min(3, len(cases)) or 1
     lines = math.ceil(len(cases) / columns) or 1
@@ -388,9 +388,11 @@ def main() -> None:
             train, "mqar", options.results, options.budget, options.jobs, options.commit,
         )  # fmt: skip
     rows = read_rows(options.results)
-    print(table(rows))
+    print("\n".join([recall(rows), *errors(rows)]))
     if rows:
         plot(rows, options.plot)
+    if options.results.parent == RESULTS:
+        record_goals(rows)
 
 
 if __name__ == "__main__":

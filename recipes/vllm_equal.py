@@ -100,7 +100,7 @@ def engine(question: Row) -> None:
     if question["whole"]:
         own["max_num_batched_tokens"] = longest
     if not question["cpu"]:
-        own |= {"attention_backend": "CUSTOM", "gpu_memory_utilization": 0.5}
+        own |= {"attention_backend": "CUSTOM", "gpu_memory_utilization": question["memory"]}
     llm = vllm.LLM(
         model=question["model"], dtype=question["dtype"], max_model_len=longest, seed=0,
         enable_prefix_caching=not question["whole"], enforce_eager=question["eager"], **own,
@@ -124,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="toy sizes: does it run through?")
     parser.add_argument("--limit", type=int, default=300, help="seconds an engine may take")
+    parser.add_argument("--memory", type=float, default=0.5, help="share of the GPU's memory")
     parser.add_argument("--commit", default=None, help="what is compared, where git cannot tell")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--engine", type=Path, help=argparse.SUPPRESS)
@@ -150,10 +151,15 @@ def main(argv: list[str] | None = None) -> None:
         own = [line_of(x, tokenizer) for x in of_transformers(model, prompts, parse(spec))]
         question = {
             "model": str(MODEL), "prompts": prompts, "whole": whole, "dtype": dtype, "cpu": cpu,
-            "eager": cpu,
+            "eager": cpu, "memory": options.memory,
         }  # fmt: skip
-        with tempfile.TemporaryDirectory() as folder:
-            tokens, version = of_vllm(question, spec, Path(folder), options.limit)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                tokens, version = of_vllm(question, spec, Path(folder), options.limit)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:  # the others may well run
+            print(f"{name:10s} {error}", flush=True)
+            apart.append(name)
+            continue
         theirs = [line_of(x, tokenizer) for x in tokens]
         pairs = list(zip(theirs, own, full, asked, strict=True))
         row = {
@@ -164,7 +170,8 @@ def main(argv: list[str] | None = None) -> None:
             "apart": [[a, b] for a, b, *_ in pairs if a != b],
             "tokens": list(map(len, prompts)), "dtype": dtype, "vllm": version, **here,
         }  # fmt: skip
-        kept = [r for r in rows_of(options.out) if r["variant"] != name]
+        own_place = name, here["device"]["name"]
+        kept = [r for r in rows_of(options.out) if (r["variant"], r["device"]["name"]) != own_place]
         write_rows(options.out, [*kept, row])
         print(f"{name:10s} {row['same']} of {row['n']} answers the same, {row['right']} right, "
               f"{row['unlike_full']} unlike full attention's", flush=True)  # fmt: skip

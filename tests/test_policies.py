@@ -195,6 +195,7 @@ def test_parse():
     assert parse("streaming:sinks=4,window=9") == Streaming(4, 9)
     assert parse("pooled:top_p=0.5") == Pooled(top_p=0.5)
     assert parse("full").name == "full"
+    assert parse("gated:soft=true").soft and not parse("gated:soft=false").soft
     assert set(NAMES) == set(POLICIES) | {"dam"}
 
 
@@ -210,6 +211,7 @@ def test_parse():
         ("pooled:block=0", "expected block >= 1"),
         ("vertical_slash:last=0", "expected last >= 1"),
         ("full:a=1", r"expected fields \(none\)"),
+        ("gated:soft=1", "expected soft as true or false, received .1."),
         ("dam", "expected dam:PATH"),
     ],
 )

@@ -355,3 +355,19 @@ def test_answers_of_both_are_compared(tmp_path, monkeypatch, capsys, broken):
     assert (row["n"], row["same"], len(row["apart"])) == ((3, 2, 1) if broken else (3, 3, 0))
     assert row["unlike_full"] == 3 and row["policy"] == "streaming:sinks=4,window=256"
     assert "of 3 answers the same" in capsys.readouterr().out
+
+
+def test_an_engine_that_fails_leaves_the_others_alone(tmp_path, monkeypatch, capsys):
+    def fails_once(question, spec, folder, limit):
+        if spec.startswith("streaming"):
+            raise RuntimeError("the engine failed (1):\nno kernel")
+        return [[7] * vllm_equal.NEW] * len(question["prompts"]), "0"
+
+    monkeypatch.setattr(vllm_equal, "of_vllm", fails_once)
+    monkeypatch.setattr(vllm_equal, "require_vllm", lambda recipe: None)
+    out = tmp_path / "vllm_equal.jsonl"
+    call = ["--smoke", "--device", "cpu", "--only", "streaming", "narrow", "--out", str(out)]
+    with pytest.raises(SystemExit, match="others under streaming, narrow"):
+        vllm_equal.main(call)
+    assert [json.loads(line)["variant"] for line in out.read_text().splitlines()] == ["narrow"]
+    assert "no kernel" in capsys.readouterr().out

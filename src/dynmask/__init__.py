@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .integrations.cache import BoundedCache
     from .integrations.convert import convert, load_converted, revert
     from .integrations.gated_cache import GatedCache
+    from .integrations.heavy_cache import HeavyHitterCache
     from .integrations.transformers import sparsify
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "Explanation",
     "GatedCache",
     "GatedSettings",
+    "HeavyHitterCache",
     "LifetimeMask",
     "Mask",
     "MaskCard",
@@ -72,6 +74,7 @@ __all__ = [
 _LATER = {
     "BoundedCache": ".integrations.cache",
     "GatedCache": ".integrations.gated_cache",
+    "HeavyHitterCache": ".integrations.heavy_cache",
     "convert": ".integrations.convert",
     "load_converted": ".integrations.convert",
     "revert": ".integrations.convert",

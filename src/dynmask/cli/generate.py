@@ -41,8 +41,8 @@ examples:
   dynmask generate --model MODEL --policy gated:my-card,decode=keep --file book.txt
   dynmask generate --model MODEL --policy streaming --file million.txt --no-density
 
-Under streaming and retained the cache holds no more keys than a query reads, and the
-prompt goes in a few thousand tokens at a time. Under gated it drops, after the prompt,
+Under streaming, retained and h2o the cache holds no more keys than a query reads, and
+the prompt goes in a few thousand tokens at a time. Under gated it drops, after the prompt,
 what no later token reads: nothing, as decoded tokens read every key, unless decode=select
 leaves some unread; with decode=keep all but the chosen keys and a window.
 A long prompt is read in chunks (--chunk), with a bar; a line says whether the policy then

@@ -135,7 +135,7 @@ def attend(
 
 def bounded_cache(run: Any) -> Any:
     """Return a cache of the keys that a run still reads; None where every key may be read again."""
-    from dynmask.policies import Gated
+    from dynmask.policies import H2O, Gated
     from dynmask.policies.base import evicts
 
     if run is None:
@@ -147,15 +147,27 @@ def bounded_cache(run: Any) -> Any:
             return dynmask.BoundedCache(run)
         if isinstance(run.policy, Gated):
             return dynmask.GatedCache(run)
+        if isinstance(run.policy, H2O):
+            return dynmask.HeavyHitterCache(run)
     except ValueError:  # a hybrid model keeps its own cache, and gates may need every key
         return None
     return None
 
 
 def needed_cache(run: Any) -> Any:
-    """Return the cache without which a run's policy cannot decode; None where it needs none."""
-    decode = getattr(getattr(run, "policy", None), "decode", None)
-    return bounded_cache(run) if decode == "keep" else None
+    """Return the cache without which a run's policy does not decode by its own rule; None if any.
+
+    Raises:
+        ValueError: h2o in a hybrid model, whose prompts alone it serves.
+    """
+    from dynmask.policies import H2O
+
+    policy = getattr(run, "policy", None)
+    if isinstance(policy, H2O):
+        import dynmask
+
+        return dynmask.HeavyHitterCache(run)
+    return bounded_cache(run) if getattr(policy, "decode", None) == "keep" else None
 
 
 def text_config(model: Any) -> Any:

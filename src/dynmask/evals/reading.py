@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dynmask.policies import H2O
+
 from .engine import check_policies, progress_bar
 from .gallery import MaskPicture, recorder_of
-from .generation import attend, greedy, is_full, text_config
+from .generation import attend, greedy, is_full, needed_cache, text_config
 
 __all__ = ["ABOVE", "BINS", "SCALE", "reading"]
 
@@ -115,10 +117,12 @@ def _record(
     model: torch.nn.Module, ids: Tensor, policy: Any, measure_rows: int, impl: str
 ) -> _Record:
     recorder = recorder_of(policy, PIXELS)
+    # under "keep" a decoded token reads what the prompt chose: there is no row of its own
+    alone = getattr(policy, "decode", None) == "keep" or isinstance(policy, H2O)
     with attend(model, recorder, impl, measure=True, measure_rows=measure_rows) as run:
-        # under "keep" a decoded token reads what the prompt chose: there is no row of its own
-        greedy(model, ids, 1 if getattr(policy, "decode", None) == "keep" else 2)
+        greedy(model, ids, 1 if alone else 2)
         summary = run.summary()["prefill"]
+    rows = _held(model, ids, policy, impl) if isinstance(policy, H2O) else recorder.decoded
     heads = text_config(model).num_attention_heads
     pictures = [
         replace(
@@ -129,8 +133,25 @@ def _record(
         )
         for _, picture in sorted(recorder.pictures.items())
     ]
-    decoded = [_of_all(row, heads) for _, row in sorted(recorder.decoded.items())]
+    decoded = [_of_all(row, heads) for _, row in sorted(rows.items())]
     return _Record(pictures, decoded, summary)
+
+
+def _held(model: torch.nn.Module, ids: Tensor, policy: H2O, impl: str) -> dict[int, Tensor]:
+    """What the first decoded token reads under H2O: what each layer's cache holds then."""
+    from dynmask.integrations.heavy_cache import HeavyHitterLayer
+
+    with attend(model, policy, impl) as run:
+        cache = needed_cache(run)
+        greedy(model, ids, 2, cache=cache)
+    rows = {}
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, HeavyHitterLayer):
+            assert layer.store is not None
+            held = layer.store.positions[0].long().cpu()
+            row = torch.zeros(len(held), ids.shape[1] + 1, dtype=torch.bool)
+            rows[index] = row.scatter(-1, held, True)
+    return rows
 
 
 def _of_all(x: Tensor, heads: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..cache import Live
 from ..errors import bad
 from ..masks import LifetimeMask, Mask, MixedMask, PlacedMask
-from ..policies import Gated, Layer
+from ..policies import H2O, Gated, Layer
 from ..policies.base import Glancing, looks_before_rotation
 from ..policies.blocks import Pools
 from .asking import ask, chooses, compute
@@ -22,6 +22,8 @@ from .calls import NO_CALL, Call, take_call
 from .checks import check_call
 from .context import Context
 from .gated_cache import GatedCache, GatedLayer, Heads
+from .heavy_cache import HeavyHitterCache
+from .heavy_cache import attend as attend_heavy
 from .placement import Placement, is_linear
 from .rotary import unrotate_of
 
@@ -140,6 +142,9 @@ class Adapter:
             out = self._bounded(site, call.cache, linear, query, key, value)
         elif isinstance(call.cache, GatedCache):
             out = self._gated(site, call.cache, attention_mask, query, key, value)
+        elif isinstance(call.cache, HeavyHitterCache):
+            linear = attention_mask is not None and is_linear(attention_mask)
+            out = attend_heavy(self, site, linear, query, key, value)
         else:
             out = self._place(site, query, key, value)
         return out.transpose(1, 2).contiguous(), None
@@ -358,7 +363,7 @@ def _call_for(policy: Any, module: nn.Module) -> Call:
     """What a module is being called with, where there is a cache that drops keys under a policy."""
     if looks_before_rotation(policy):
         return take_call(module)
-    if not isinstance(policy, Gated):
+    if not isinstance(policy, Gated | H2O):
         return NO_CALL
     cache, _, positions = take_call(module)
     return Call(cache, None, positions)  # nothing is scored: keys stay as they were rotated

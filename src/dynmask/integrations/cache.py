@@ -129,8 +129,8 @@ class OwnedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers' tensors."""
-        return sum(x.store.nbytes for x in self.layers if x.store is not None)  # type: ignore[union-attr]
+        """Bytes of all layers' tensors, of those with transformers' own cache their keys' alone."""
+        return sum(_layer_bytes(layer) for layer in self.layers)
 
     def check_in_effect(self) -> None:
         """Raise ValueError where the policy that the cache was made for is gone."""
@@ -160,6 +160,14 @@ class OwnedCache(Cache):
                 "attention_mask: expected a 2-D mask of all tokens so far, or none, received "
                 f"another with a {type(self).__name__}; pass the tokenizer's attention_mask"
             )
+
+
+def _layer_bytes(layer: Any) -> int:
+    """Bytes of a layer of whatever kind."""
+    if isinstance(layer, NewKeysLayer):
+        return 0 if layer.store is None else layer.store.nbytes
+    held = (getattr(layer, name, None) for name in ("keys", "values"))
+    return sum(x.nbytes for x in held if isinstance(x, Tensor))
 
 
 def check_rows(where: Placement, seen: Sequence[int]) -> None:

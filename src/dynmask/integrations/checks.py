@@ -9,10 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel, cache_utils
 
 from ..attention import IMPLS
-from ..policies import Policy
+from ..policies import H2O, Gated, Policy
+from ..policies.base import evicts
 from .cache import BoundedLayer
 from .calls import arguments
 from .gated_cache import GatedLayer
+from .heavy_cache import HeavyHitterLayer
 
 PREFIX = "dynmask_"
 """How the names of registered runs begin."""
@@ -136,17 +138,23 @@ def check_policy(model: PreTrainedModel, policy: Any, config: Any) -> None:
     policy.check(config.num_hidden_layers, heads, kv_heads)
 
 
-def check_forward(
-    module: nn.Module, args: tuple, kwargs: dict, bounded: bool = False, gated: bool = False
-) -> None:
+def cache_layers(policy: Any) -> tuple[type, ...]:
+    """Kinds of cache layers that drop keys and that a policy can serve; none for most."""
+    if evicts(policy):
+        return (BoundedLayer,)
+    kinds = {Gated: GatedLayer, H2O: HeavyHitterLayer}
+    return tuple(layer for kind, layer in kinds.items() if isinstance(policy, kind))
+
+
+def check_forward(module: nn.Module, args: tuple, kwargs: dict, own: tuple[type, ...] = ()) -> None:
     """Refuse forward arguments that would be ignored or misread.
 
     Args:
         module: the model.
         args: positional arguments.
         kwargs: named arguments.
-        bounded: whether the policy can serve a BoundedCache.
-        gated: whether it can serve a GatedCache.
+        own: kinds of cache layers that the policy serves beside transformers', see
+            :func:`cache_layers`.
     """
     given = arguments(module, args, kwargs)
     asked = given.get("output_attentions")
@@ -159,15 +167,10 @@ def check_forward(
     if cache is None:
         return
     layers = getattr(cache, "layers", None)
-    known = (
-        *KNOWN_CACHE_LAYERS,
-        *((BoundedLayer,) if bounded else ()),
-        *((GatedLayer,) if gated else ()),
-    )
     unknown = (
         [cache]
         if layers is None or isinstance(cache, cache_utils.EncoderDecoderCache)
-        else [x for x in layers if type(x) not in known]
+        else [x for x in layers if type(x) not in (*KNOWN_CACHE_LAYERS, *own)]
     )
     if unknown:
         raise ValueError(

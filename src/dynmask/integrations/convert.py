@@ -29,6 +29,7 @@ from ..policies.base import AnyModel, own_heads
 from ..retention import Retention, keep_retention_loss, retention_loss_of
 from ..scores import Form
 from .adapter import Adapter, Site
+from .cache import BoundedLayer
 from .calls import drop_hook, note_call
 from .checks import CONVERTED, attention_modules, check_forward, check_model, configs
 from .checks import decoder_config as decoder_config_of
@@ -225,7 +226,7 @@ _ADAPTER = ConvertedAdapter("auto")
 def _watch(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of the model and its parts."""
     _ADAPTER._placements.clear()
-    check_forward(module, args, kwargs, bounded=True)
+    check_forward(module, args, kwargs, (BoundedLayer,))
 
 
 # With the module: a pickled model finds it in a new process, where nothing was converted.

@@ -26,7 +26,7 @@ from ..retention import Retention
 from ..scores import score_values
 from . import placement
 from .adapter import Adapter, Site
-from .cache import BoundedCache
+from .cache import BoundedCache, BoundedLayer
 from .calls import Call
 from .checks import PREFIX, check_call, check_forward, check_model, check_settings, configs
 from .masking import _packed
@@ -162,7 +162,7 @@ class DogeRun(Adapter):
     def _check(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         # a mask that the caller has changed in place since is read anew
         self._placements.clear()
-        check_forward(module, args, kwargs, bounded=True)
+        check_forward(module, args, kwargs, (BoundedLayer,))
 
     def _forward(
         self,

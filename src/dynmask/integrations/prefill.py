@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import bad
-from ..policies import Gated
+from ..policies import H2O, Gated
 from ..policies.base import evicts, for_prompts_alone, grid_of
 
 BOUNDED_CHUNK = 8_192
@@ -36,7 +36,7 @@ def default_chunk(policy: Any, tokens: int) -> int:
     """
     if policy is None:
         return 0
-    chunk = BOUNDED_CHUNK if evicts(policy) else CHUNK
+    chunk = BOUNDED_CHUNK if evicts(policy) or isinstance(policy, H2O) else CHUNK
     return chunk if tokens > chunk else 0
 
 
@@ -60,9 +60,11 @@ def chunk_size(policy: Any, tokens: int, chunk: int) -> int:
 def exact_in_chunks(policy: Any, tokens: int, chunk: int) -> bool:
     """Whether a prompt of so many tokens, in chunks, is read as the whole prompt would be.
 
-    A last chunk of one token is taken for a decoded one, about which some policies are not asked.
+    The cache is that of :func:`cache_for`, which carries what H2O goes on with. A last chunk of one
+    token is taken for a decoded one, about which some policies are not asked, or by another rule.
     """
     grid, size = grid_of(policy), chunk_size(policy, tokens, chunk)
+    grid = 1 if isinstance(policy, H2O) else grid
     if policy is not None and for_prompts_alone(policy) and tokens > size and tokens % size == 1:
         return False
     return grid > 0 and size % grid == 0
@@ -101,12 +103,14 @@ def cache_for(run: Any, tokens: int, offload: bool = False) -> Any:
         offload: keep on the host what is rarely read, see :class:`dynmask.GatedCache`.
 
     Raises:
-        ValueError: ``offload`` under a policy that it cannot serve.
+        ValueError: ``offload`` under a policy that it cannot serve; a hybrid model under one that
+            cannot decode, or go on, without its cache.
     """
     from transformers import DynamicCache
 
     from .cache import BoundedCache
     from .gated_cache import GatedCache
+    from .heavy_cache import HeavyHitterCache
 
     if offload:
         return GatedCache(run, prompt=tokens, offload=True)
@@ -118,6 +122,8 @@ def cache_for(run: Any, tokens: int, offload: bool = False) -> Any:
     except ValueError:  # a hybrid model keeps its own cache, and gates may need every key
         if getattr(run.policy, "decode", None) == "keep":
             raise
+    if isinstance(run.policy, H2O):
+        return HeavyHitterCache(run)
     return DynamicCache(config=run.model.config)
 
 

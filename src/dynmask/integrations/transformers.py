@@ -21,13 +21,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from ..attention import choose
 from ..masks import Mask
-from ..policies import Gated
-from ..policies.base import evicts, looks_before_rotation
+from ..policies.base import looks_before_rotation
 from .adapter import Adapter, Site
 from .calls import note_call
 from .checks import (
     PREFIX,
     attention_modules,
+    cache_layers,
     check_forward,
     check_model,
     check_policy,
@@ -198,22 +198,21 @@ class Run(Adapter):
             self._before.append((config, config._attn_implementation_internal))
             config._attn_implementation_internal = self._name
 
-        bounded, gated = evicts(self.policy), isinstance(self.policy, Gated)
+        own, scored = cache_layers(self.policy), looks_before_rotation(self.policy)
 
         def check(module: nn.Module, args: tuple, kwargs: dict) -> None:
             # a mask that the caller has changed in place since is read anew
             self._placements.clear()
-            check_forward(module, args, kwargs, bounded, gated)
+            check_forward(module, args, kwargs, own)
 
         hook: Any = torch.compiler.disable(check)
         for module in self.model.modules():
             if isinstance(module, PreTrainedModel):
                 self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         modules = attention_modules(self.model)
-        scored = looks_before_rotation(self.policy)
         if scored:
             learn_rotaries(self.model, modules)
-        if scored or gated:
+        if scored or own:
             note: Any = note_call
             for module in modules:
                 self._hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))

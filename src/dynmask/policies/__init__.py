@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -98,7 +99,7 @@ def takes_card(spec: str) -> bool:
     return not fields_alone or Path(rest).exists()
 
 
-def _settings(name: str) -> dict[str, type[int] | type[float] | type[str]]:
+def _settings(name: str) -> dict[str, Callable[[str], Any]]:
     """The fields of a policy that its text form may set, and how they are read."""
     kind = FIXED[name]
     types = get_type_hints(kind)
@@ -106,11 +107,23 @@ def _settings(name: str) -> dict[str, type[int] | type[float] | type[str]]:
     return {field: found for field, found in kinds.items() if found is not None}
 
 
-def _kind(hint: Any) -> type[int] | type[float] | type[str] | None:
-    """The number that a field takes, alone or beside tables, or str for words; None for others."""
+def _kind(hint: Any) -> Callable[[str], Any] | None:
+    """How a field is read: words, a switch, a number (alone or beside tables); None for others."""
     if get_origin(hint) is Literal:
         return str
+    if hint is bool:
+        return _switch
     return next((kind for kind in (hint, *get_args(hint)) if kind in (int, float)), None)
+
+
+def _switch(text: str) -> bool:
+    """True or false, as text."""
+    if text not in ("true", "false"):
+        raise ValueError(text)
+    return text == "true"
+
+
+_switch.__name__ = "true or false"  # what errors call it
 
 
 def split_card(rest: str, name: str = Retained.name) -> tuple[str, dict[str, str]]:

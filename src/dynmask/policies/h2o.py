@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,21 +11,44 @@ from torch import Tensor
 from ..masks import LifetimeMask
 from .base import AnyModel, Layer, check_field
 
+NO_KEY = torch.iinfo(torch.int64).min
+"""Where a slot stands that holds no key."""
+
+
+class Followed(NamedTuple):
+    """What became of a call's keys: those that were held before it, then those of its rows.
+
+    Attributes:
+        death: int32 [b, g, past + n], as in ``LifetimeMask``, over these keys.
+        held: int64 [b, g, k], which of them are left after the last row.
+        received: float32 [b, g, k], the attention that these have received so far.
+    """
+
+    death: Tensor
+    held: Tensor
+    received: Tensor
+
 
 @dataclass(frozen=True)
 class H2O(AnyModel):
     """Heavy hitters (arXiv 2306.14048, section 4): evict what has received the least attention.
 
     Each key's received attention is summed over the rows so far, over the keys that are still
-    there, per kv head (summed over the query heads of its group). Rows are taken ``block`` at a
-    time: at the end of a block the keys with the smallest sums go, except the newest. Sums need
-    the queries of all earlier rows, so the policy serves whole prefills; a call that continues a
-    sequence starts from its newest keys.
+    there, per kv head (summed over the query heads of its group). Before a row comes the keys
+    with the smallest sums go, except the newest, as many as must for ``width`` to hold it. In the
+    paper that is one key for each row, and so it is here for a decoded token. Rows of a prompt
+    are taken ``block`` at a time, counted from the first token of the sequence: before the first
+    of them there is made room for all.
+
+    The sums belong to the keys that are held, so whoever goes on with a sequence must have them:
+    ``dynmask.HeavyHitterCache`` does. With it a prompt may be cut anywhere, and tokens are
+    decoded by the same rule. Without it the policy serves prompts alone: decoded tokens read
+    every key, and a call of several tokens that continues a sequence starts from its newest keys.
 
     Args:
-        width: keys that a row reads at most, per kv head.
-        recent: share of the width that belongs to the newest keys.
-        block: rows between two evictions, at most half of the width.
+        width: keys that a row reads at most, per kv head; what the cache holds.
+        recent: share of what is held before a row that belongs to the newest keys.
+        block: rows of a prompt between two evictions, at most half of the width.
     """
 
     width: int = 512
@@ -43,33 +66,75 @@ class H2O(AnyModel):
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> LifetimeMask:
         """The row at which each key is evicted, a block of rows at a time: O(N w)."""
-        (batch, groups, keys, dim), queries = key.shape, query.shape[2]
-        first, device = keys - queries, key.device
-        block = min(self.block, self.width // 2)
-        room = self.width - block  # so that the last row of a block reads no more than the width
-        # One column more: where entries that stand for no key are written.
-        death = torch.full((batch, groups, keys + 1), LifetimeMask.INF, dtype=torch.int32)
-        death = death.to(device)
-        held = torch.arange(first - room, first, device=device).clamp(min=-1)
-        held = held.expand(batch, groups, room)  # positions, -1 for none
-        death[..., : max(first - room, 0)] = first
-        received = torch.zeros(batch, groups, room, device=device)
-        query = query.reshape(batch, groups, -1, queries, dim)
-        for start in range(first, keys, block):
-            stop = min(start + block, keys)
-            own = torch.arange(start, stop, device=device).expand(batch, groups, -1)
-            position = torch.cat([held, own], -1)
-            near = key.gather(2, position.clamp(min=0)[..., None].expand(-1, -1, -1, dim))
-            rows = query[:, :, :, start - first : stop - first].float()
-            logits = rows @ near.float().mT[:, :, None] * dim**-0.5
-            hidden = (position < 0)[:, :, None] | (position[:, :, None] > own[..., None])
+        keys, queries = key.shape[2], query.shape[2]
+        first = keys - queries
+        past = min(first, self.width - self._rows(first, first + 1, False)[1])
+        gone = first - past
+        position = torch.arange(-past, 0, device=key.device).expand(*key.shape[:2], past)
+        received = torch.zeros(position.shape, device=key.device)
+        death = self.follow(query, key[:, :, gone:], position, received, first).death
+        death = (death + gone).where(death < LifetimeMask.INF, LifetimeMask.INF)
+        death = torch.nn.functional.pad(death, (gone, 0), value=0)
+        return LifetimeMask(death, queries, most=min(self.width, keys))
+
+    def follow(
+        self,
+        query: Tensor,
+        key: Tensor,
+        position: Tensor,
+        received: Tensor,
+        first: int,
+        decoding: bool = False,
+    ) -> Followed:
+        """One step of the recurrence: which keys are evicted before which of some new rows.
+
+        A prompt, a part of one and a decoded token are the same step.
+
+        Args:
+            query: [b, h, n, d], of the new rows.
+            key: [b, g, past + n, d]: the keys that are held, in any order, then the new ones.
+            position: int64 [b, g, past], where the held keys stand, the first new row being 0;
+                ``NO_KEY`` for a slot without a key, which is the first to go.
+            received: float32 [b, g, past], attention that they have received.
+            first: position of the first new row in its sequence.
+            decoding: the new rows are decoded tokens: each is a block of its own.
+        """
+        (batch, groups, past), n = position.shape, query.shape[2]
+        device, dim = key.device, key.shape[3]
+        new = torch.arange(n, device=device).expand(batch, groups, n)
+        position = torch.cat([position, new], -1)
+        held = torch.arange(past, device=device).expand(batch, groups, past)
+        death = torch.full_like(position, LifetimeMask.INF, dtype=torch.int32)
+        query = query.unflatten(1, (groups, -1))
+        start = 0
+        while start < n:
+            stop, needed = self._rows(first + start, first + n, decoding)
+            stop -= first
+            room = self.width - needed
+            if held.shape[-1] > room:
+                where = position.gather(-1, held)
+                recent = where >= start - int(self.recent * room)
+                worth = received.masked_fill(recent, float("inf"))
+                # nothing received is more than what no key has received
+                order = worth.masked_fill(where == NO_KEY, -1.0).argsort(-1, descending=True)
+                gone = held.gather(-1, order[..., room:])
+                death.scatter_(-1, gone, past + start)
+                held, received = (x.gather(-1, order[..., :room]) for x in (held, received))
+            held = torch.cat([held, new[..., start:stop] + past], -1)
+            near = key.gather(2, held[..., None].expand(-1, -1, -1, dim)).float()
+            logits = query[:, :, :, start:stop].float() @ near.mT[:, :, None] * dim**-0.5
+            where = position.gather(-1, held)[:, :, None]
+            hidden = (where == NO_KEY) | (where > new[:, :, start:stop, None])
             weights = logits.masked_fill(hidden[:, :, None], float("-inf")).softmax(-1)
             received = torch.nn.functional.pad(received, (0, stop - start)) + weights.sum((2, 3))
-            worth = received.masked_fill(position >= stop - int(self.recent * room), float("inf"))
-            worth = worth.masked_fill(position < 0, -1.0)
-            kept = worth.topk(room).indices
-            gone = torch.ones_like(position, dtype=torch.bool).scatter_(-1, kept, False)
-            where = position.masked_fill(~gone | (position < 0), keys)
-            death.scatter_(-1, where, torch.full_like(where, stop, dtype=torch.int32))
-            held, received = position.gather(-1, kept), received.gather(-1, kept)
-        return LifetimeMask(death[..., :keys], queries, most=min(self.width, keys))
+            start = stop
+        return Followed(death.masked_fill(position == NO_KEY, 0), held, received)
+
+    def _rows(self, start: int, end: int, decoding: bool) -> tuple[int, int]:
+        """Where the rows from ``start`` on that are taken at once stop, and room that they need.
+
+        A part of a prompt may end within a block: there is room for the rest of it.
+        """
+        block = 1 if decoding else min(self.block, self.width // 2)
+        needed = block - start % block
+        return min(start + needed, end), needed
