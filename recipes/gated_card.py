@@ -123,7 +123,7 @@ def settings_of(options: argparse.Namespace, allowed: float) -> Any:
         budgets = (*[budget for budget in budgets if budget.kept][:1], *budgets[-2:])
     return GatedSettings(
         max_kl=allowed, density=options.density, least=options.least, pool=options.pool,
-        encoder=options.encoder, budgets=budgets,
+        encoder=options.encoder, budgets=budgets, decode=options.decode,
     )  # fmt: skip
 
 
@@ -145,6 +145,10 @@ def main() -> None:
     parser.add_argument("--blocks", action="store_true", help="offer blocks too")
     parser.add_argument("--encoder", action="store_true", help="train what scores the blocks")
     parser.add_argument("--scores", type=Path, help="retained card: offer maps that evict by it")
+    parser.add_argument(
+        "--decode", choices=("full", "select", "keep"), default="full",
+        help="what answers read, as the card will be used (full: every key)",
+    )  # fmt: skip
     parser.add_argument("--pool", type=int, default=1)
     parser.add_argument("--least-window", type=int, help="of a budget (default: 0; 512)")
     parser.add_argument("--least", type=float, default=1e-3)

@@ -152,6 +152,48 @@ def test_layers_without_a_module_are_left_to_other_budgets(model, retained):
         pass
 
 
+def test_the_card_holds_the_modules_of_layers_that_keep(model, retained, monkeypatch):
+    from dynmask import budgets
+
+    some = torch.tensor([[False] * 4, [True] * 4])
+    gates = Gates.full(2, 4).replaced(some, window=3, kept=4)
+    monkeypatch.setattr(budgets, "choose_gates", lambda *_: gates)
+    made = calibrate_gates(model, documents(60), SETTINGS, scores=retained, progress=False)
+    assert made.header["scores"]["layers"] == [False, True]
+    scores = {name for name in made.tensors if name.startswith("scores")}
+    assert scores == {f"scores.1.{name}" for name in ("w_in", "b_in", "w_out")}
+
+
+@pytest.mark.parametrize("decode", ["select", "keep"])
+@torch.no_grad()
+def test_answers_may_be_judged_by_what_decoding_leaves(model, retained, decode):
+    """Token by token under the policy, which costs more than an answer that reads every key."""
+    texts, answer, rows = documents(90, 120), [6, 7], [torch.arange(82, 90), torch.arange(112, 120)]
+    some = torch.ones(2, 4, dtype=torch.bool)
+    gates = Gates.full(2, 4).replaced(some, window=3, kept=4)
+    if decode == "keep":  # columns that the prompt chose, beside
+        gates = gates.replaced(torch.tensor([[False, False, True, True]] * 2), window=3, columns=2)
+    costs = {}
+    for way in ("full", decode):
+        judge = Judge(model, texts, replace(SETTINGS, decode=way), 0, rows, answer)
+        judge.scores = retained.policy().modules
+        judge.prepare()
+        costs[way] = judge.cost(gates)
+    policy = replace(judge.policy(gates), decode=decode)
+    means = []
+    for text, own, count in zip(texts, rows, answer, strict=True):
+        with dynmask.sparsify(model, policy) as run:
+            cache = GatedCache(run)
+            parts = [text[None, :-count], *text[None, -count:].split(1, 1)]
+            found = torch.cat([model(x, past_key_values=cache).logits for x in parts], 1)
+        found, full = (x[0, own].log_softmax(-1) for x in (found, model(text[None]).logits))
+        means.append(float((full.exp() * (full - found)).sum(-1).mean()))
+    assert costs[decode] == pytest.approx(max(means), rel=1e-3)
+    assert costs[decode] > costs["full"] * 1.1
+    with pytest.raises(ValueError, match="settings.decode: expected 'full', 'select' or 'keep'"):
+        replace(SETTINGS, decode="all")  # type: ignore[arg-type]
+
+
 def test_score_heads_that_are_of_no_use_are_refused_before_the_model_runs(model, retained):
     given = {"model": model, "documents": documents(60), "progress": False}
     value = train(model, replace(_retained_settings(), head="value", steps=1))
@@ -266,6 +308,11 @@ def test_the_command_takes_a_card_of_score_heads(tmp_path, capsys):
     assert "keys kept by score (s)" in shown and "128+1024s" in shown
     assert cli.main([*gated, "--scores", out, "--out", str(tmp_path / "other")]) == 2
     assert "a card of policy 'retained', received one of 'gated'" in capsys.readouterr().err
+    assert cli.main([*gated, "--decode", "select", "--out", str(tmp_path / "other")]) == 2
+    assert "--decode: expected with --decoded" in capsys.readouterr().err
+    judged = [*gated, "--scores", kept, "--decoded", "--decode", "select", "--force", "--out", out]
+    assert cli.main(judged) == 0
+    assert MaskCard.from_pretrained(out).header["settings"]["decode"] == "select"
     other = ["calibrate", "--model", model, "--scores", kept, "--out", str(tmp_path / "dam")]
     assert cli.main(other) == 2
     assert "--scores: expected with another --policy than dam" in capsys.readouterr().err

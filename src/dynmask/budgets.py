@@ -141,9 +141,8 @@ def calibrate_gates(
             the settings' choice: where an answer begins, say.
         decoded: tokens at the end of each document that come after its prompt: of an answer all
             but the last, which nobody reads. The gates are for prompts, so these read every key,
-            as they do when they are decoded. None at all by default. What keys cost that maps
-            which keep by score evict while an answer is decoded (``decode="keep"`` and "select")
-            is not judged then: judge without it, whole documents, where that matters.
+            as they do when they are decoded, or what the settings' ``decode`` says. None at all by
+            default.
         scores: a retained card of the same model, whose score heads say what maps keep; needed by
             budgets of kept keys, and for those alone.
         checkpoint: a file of what was measured, written as it comes and read when it is there, so

@@ -100,6 +100,10 @@ class GatedSettings:
             output of a head ("effect").
         soft, strength: of the policy; columns alone can be soft, so budgets must have no blocks.
             The card's ``kl_hard`` is then the divergence of the same gates without.
+        decode: under what ``decode`` of the policy answers are judged, where the calibration is
+            told what is answer (``decoded`` of :func:`dynmask.budgets.calibrate_gates`). What a
+            card is used with, that it should be judged with: under "full" an answer costs nothing
+            that maps have evicted after the prompt. Under the others it is read token by token.
 
     Raises:
         ValueError: a value of the wrong type or out of range.
@@ -126,6 +130,7 @@ class GatedSettings:
     teacher: Literal["mass", "effect"] = "mass"
     soft: bool = False
     strength: float = 1.0
+    decode: Literal["full", "select", "keep"] = "full"
 
     def __post_init__(self) -> None:
         given: Any = self.budgets  # a card gives lists of numbers
@@ -156,6 +161,8 @@ class GatedSettings:
             if any(type(size) is not int for size in sizes):
                 raise bad("settings.budgets", "whole numbers of keys", repr(budget)[:80])
         self._check_encoder()
+        if self.decode not in ("full", "select", "keep"):
+            raise bad("settings.decode", "'full', 'select' or 'keep'", repr(self.decode)[:40])
         if self.guard is not None and type(self.guard) not in (int, float):
             raise bad("settings.guard", "a share, or None", repr(self.guard))
         for budget in budgets:

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -120,29 +120,41 @@ class Judge:
     def _predict(self, index: int, policy: Any) -> Tensor:
         """Log-probabilities of what follows the judged tokens: float32 [rows, vocabulary].
 
-        The policy is asked about the prompt alone; what was decoded after it reads every key.
+        What was decoded after the prompt reads every key, or by the policy what the settings say.
         """
+        from dynmask.integrations.gated_cache import GatedCache
         from dynmask.integrations.transformers import sparsify
 
         ids, rows = (x.to(self.device) for x in (self.documents[index], self.rows[index]))
         prompt, decoded = ids.split([len(ids) - self.decoded[index], self.decoded[index]])
-        with nullcontext() if policy is None else sparsify(self.model, policy):
+        decode = self.settings.decode
+        chooses = policy is not None and len(decoded) > 0 and decode != "full"
+        if policy is not None and chooses:
+            policy = replace(policy, decode=decode)
+        logits: list[Tensor] = []
+        with nullcontext() if policy is None else sparsify(self.model, policy) as run:
+            own: Any = {"past_key_values": GatedCache(run)} if chooses and decode == "keep" else {}  # type: ignore[arg-type]
             read = self.model(
                 input_ids=prompt[None],
                 logits_to_keep=rows[rows < len(prompt)],
                 use_cache=len(decoded) > 0,
+                **own,
             )
-        logits = [read.logits]
-        if len(decoded):
+            logits.append(read.logits)
             cache = getattr(read, "past_key_values", None)
+            if chooses:
+                logits += self._decode(decoded, len(prompt), rows, cache, 1)
+        if len(decoded) and not chooses:
             logits += self._decode(decoded, len(prompt), rows, cache)
         return torch.cat(logits, 1)[0].float().log_softmax(-1)
 
-    def _decode(self, ids: Tensor, first: int, rows: Tensor, cache: Any) -> list[Tensor]:
+    def _decode(
+        self, ids: Tensor, first: int, rows: Tensor, cache: Any, together: int = 0
+    ) -> list[Tensor]:
         """Logits of judged tokens that come after so many others: [1, rows, vocabulary] each.
 
-        All in one call; one after another where a layer is no attention, as some of those forget
-        what came before several tokens.
+        All in one call, or ``together`` at a time; one after another where a layer is no attention,
+        as some of those forget what came before several tokens.
         """
         if cache is None:
             raise bad(
@@ -155,7 +167,7 @@ class Judge:
         alike = all(type(x) in attention for x in getattr(cache, "layers", (None,)))
         named = "position_ids" in inspect.signature(self.model.forward).parameters
         logits = []
-        for part in ids.split(len(ids) if alike else 1):
+        for part in ids.split((together or len(ids)) if alike else 1):
             stop = first + len(part)
             where = torch.arange(first, stop, device=ids.device)[None]
             read = self.model(

@@ -61,7 +61,7 @@ OPTIONS = {
     ),
     "gated": (
         "max_kl", "density", "judged", "decoded", "lengths", "sinks", "checkpoint", "guard",
-        "encoder", "rank", "teacher", "steps", "soft", "strength", "blocks", "scores",
+        "encoder", "rank", "teacher", "steps", "soft", "strength", "blocks", "scores", "decode",
     ),
 }  # fmt: skip
 """Which options say something about which policy."""
@@ -175,6 +175,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="judge the end of each document alone, as it is decoded after a prompt: what follows "
         "the prompt reads every key. Sparser cards, for generating (judge tokens all over)",
+    )
+    gated.add_argument(
+        "--decode",
+        choices=("full", "select", "keep"),
+        default="full",
+        help="with --decoded: what these tokens read, as the card will be used (full: every key)",
     )
     gated.add_argument(
         "--guard",
@@ -310,9 +316,10 @@ def _gated(arguments: argparse.Namespace, folder: Path) -> int:
 
     _refuse_idle(arguments, "encoder", {"steps": None, "teacher": "mass", "rank": 16})
     _refuse_idle(arguments, "soft", {"strength": 1.0})
+    _refuse_idle(arguments, "decoded", {"decode": "full"})
     names = (
         "max_kl", "density", "judged", "sinks", "guard", "encoder", "rank", "teacher", "soft",
-        "strength",
+        "strength", "decode",
     )  # fmt: skip
     settings = GatedSettings(
         **{name: getattr(arguments, name) for name in names},

@@ -239,14 +239,15 @@ class LayerStore:
         return 0 if self.hosted is None else self.hosted.host_nbytes
 
     def check_fit(self, plan: LayerPlan, key: Tensor, value: Tensor) -> None:
-        """Raise ValueError unless new keys [b, g, n, d] and values are of the kind of the old."""
+        """Raise ValueError unless new keys [b, g, n, d] and values are of the kind of the old.
+
+        Stores of live heads look for themselves, before they change.
+        """
         if self.seen:
-            live = [(store, heads) for store, (heads, _) in zip(self.live, plan.live, strict=True)]
             for store, heads in (
                 (self.ragged, plan.freed),
                 (self.whole, plan.whole),
                 (self.hosted, plan.hosted),
-                *live,
             ):
                 if store is not None:
                     store.check_fit(heads.take(key), heads.take(value))
