@@ -189,9 +189,16 @@ def test_gates_that_keep_by_score_have_keys_turned_back():
     step._score_the_past(own)
     own.note_scores(Pages(step.cache), step.batch)
     assert asked == [0, 0, 40, 30]
+    out = torch.empty_like(step.query)
+    own.attend(step.cache, step.batch, step.query, None, None, out)
     for r, k, v in zip(step.batch, step.keys, step.values, strict=True):
+        scores = policy.score(k + 1, v, Layer(0))
         found = own._scores.read(step.batch.table[r.number], r.keys)
-        torch.testing.assert_close(found, policy.score(k + 1, v, Layer(0)), rtol=0, atol=1.1e-3)
+        torch.testing.assert_close(found, scores, rtol=0, atol=1.1e-3)
+        q = step.query[r.start : r.stop].transpose(0, 1)[None]
+        mask, _ = policy.biased(q, k, v, Layer(0, scores=scores))  # by these, not by rotated keys
+        expected = compute(q, k, v, mask, None, DIM**-0.5, None, "auto")[0].transpose(0, 1)
+        torch.testing.assert_close(out[r.start : r.stop], expected)
 
 
 @pytest.mark.parametrize("policy", ["streaming", "gated", "retained"])
