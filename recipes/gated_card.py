@@ -3,7 +3,7 @@
     python recipes/gated_card.py                                # a minute on a GPU
     python recipes/gated_card.py --max-kl 0.005 0.02 0.08       # a card for each: a Pareto curve
     python recipes/gated_card.py --harder                       # of the harder reference
-    python recipes/gated_card.py --scores models/dynmask-reference-retained   # evicting maps too
+    python recipes/gated_card.py --scores models/dynmask-reference-retained --decode select
     python recipes/gated_card.py --smoke
 
 Documents are written as for the model's training (``reference_data.py``): facts in text, and
@@ -15,6 +15,8 @@ share. Each ends with an answer, whose tokens are judged: others ask for what no
 (``harder_data.py``), and no window below 512, for those read their neighbourhood.
 Their text is this machine's packages, so another machine makes another card, as good as this one's;
 ``--text`` names text that ``train_harder.py --prepare`` wrote, as for the shipped cards.
+With ``--scores`` maps may evict by the score heads of that card; ``--decode`` judges what that
+costs an answer.
 Interrupt at any time: what was measured is kept beside the card and read by the next run.
 """
 

@@ -171,8 +171,8 @@ def test_answers_may_be_judged_by_what_decoding_leaves(model, retained, decode):
     texts, answer, rows = documents(90, 120), [6, 7], [torch.arange(82, 90), torch.arange(112, 120)]
     some = torch.ones(2, 4, dtype=torch.bool)
     gates = Gates.full(2, 4).replaced(some, window=3, kept=4)
-    if decode == "keep":  # columns that the prompt chose, beside
-        gates = gates.replaced(torch.tensor([[False, False, True, True]] * 2), window=3, columns=2)
+    # beside columns, which the prompt chose or each token chooses
+    gates = gates.replaced(torch.tensor([[False, False, True, True]] * 2), window=3, columns=2)
     costs = {}
     for way in ("full", decode):
         judge = Judge(model, texts, replace(SETTINGS, decode=way), 0, rows, answer)
