@@ -196,7 +196,8 @@ def calibrate_gates(
         **({} if scores is None else {"scores": _digest(scores)}),
     }
     judge = Judge(model, documents, settings, seed, judged, decoded)
-    judge.scores = modules
+    if modules is not None:  # placed once, not in every trial
+        judge.scores = tuple(None if m is None else m.to(judge.device) for m in modules)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         judge.known, judge.above = _known(path, identity)
