@@ -256,11 +256,12 @@ def test_a_file_is_refused_before_the_model_loads(tmp_path, capsys, monkeypatch)
 
 
 def test_the_recipe_measures_one_case_at_a_time(tmp_path, capsys):
-    for name in ("gated-512", "dma-256"):
+    for name in ("gated-512", "dma-256", "generate-512"):
         million.main(["--device", "cpu", "--smoke", "--out", str(tmp_path), "--only", name])
     assert million.cases()[0].name == "gated-1048576"
     rows = [json.loads(x) for x in (tmp_path / "million.jsonl").read_text().splitlines()]
-    assert [(r["variant"], r["keys"]) for r in rows] == [("gated", 512), ("dma", 256)]
+    found = [(r["variant"], r["keys"]) for r in rows]
+    assert found == [("gated", 512), ("dma", 256), ("generate", 512)]
     assert all(r["cache_bytes"] > 0 and r["versions"] and r["device"] for r in rows)
     with pytest.raises(SystemExit):
         million.main(["--only", "nothing"])
