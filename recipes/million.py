@@ -11,19 +11,24 @@ a card, spread over the shape's maps, which read all that their gates allow; wit
 map has the zero-shot policy's window and columns. DMA layers are ``dynmask.convert``'s, untrained.
 Beside them stands the model's own attention (SDPA, the whole prompt at once) at 65,536 to 262,144
 tokens. Its time at 1,048,576 is extrapolated by the exponent between the longest two, and every
-row that uses it says so. A case stands alone; its row replaces that of an earlier run.
+row that uses it says so. "generate" is ``dynmask generate``, a command of its own that reads the
+prompt from a file under the gates without calibration and compiles while it reads. A case stands
+alone; its row replaces that of an earlier run.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +52,9 @@ from dynmask.policies import Gated, Streaming, VerticalSlash
 MILLION, QUARTER = 1_048_576, 262_144
 DENSE = (65_536, 131_072, QUARTER)
 WIDTH = 2_048
+NEW = 32  # tokens that dynmask generate adds
+REFERENCE = CARD.with_name("dynmask-reference")  # whose tokenizer reads the file
+PAGES = CARD.parent.parent / "docs"
 COMMAND = "python recipes/million.py"
 
 Row = dict[str, Any]
@@ -57,7 +65,7 @@ class Case:
     """One prompt under one policy.
 
     Attributes:
-        variant: gated, dma, vertical_slash, streaming or dense.
+        variant: gated, dma, vertical_slash, streaming, dense or generate.
         tokens: of the prompt.
         chunk: read at once; 0 for the whole prompt.
     """
@@ -83,6 +91,7 @@ def cases(smoke: bool = False) -> list[Case]:
         Case("vertical_slash", million, anew),
         Case("streaming", million, bounded),
         *(Case(variant, quarter, chunk) for variant, chunk in chunks.items()),
+        Case("generate", million, anew),
     ]
 
 
@@ -129,6 +138,47 @@ def measure(case: Case, shape: Shape, card: Path | None, device: torch.device) -
         "peak_beyond_weights_bytes": peak.bytes, "cache_bytes": held,
         "rest_bytes": max(peak.bytes - (held or 0), 0), "memory": peak.method,
     }  # fmt: skip
+
+
+def by_command(case: Case, shape: Shape, device: torch.device) -> Row:
+    """Seconds and memory as ``dynmask generate`` tells them, of a prompt in a file."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE, model_max_length=2**31)
+    shape = replace(shape, vocabulary=max(shape.vocabulary, len(tokenizer)))
+    with tempfile.TemporaryDirectory() as folder:
+        shape.model(device, case.tokens + NEW + 1).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        prompt = Path(folder) / "prompt.txt"
+        prompt.write_text(text_of(case.tokens, tokenizer), encoding="utf-8")
+        command = [
+            sys.executable, "-m", "dynmask", "generate", "--model", folder, "--file", str(prompt),
+            "--policy", "gated", "--max-new-tokens", str(NEW), "--no-density", "--json",
+            "--device", str(device), "--dtype", "bfloat16" if device.type == "cuda" else "float32",
+        ]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    told = json.loads(done.stdout)
+    memory, seconds = told["memory"], told["first_token_seconds"]
+    return {
+        "case": f"{shape.name} {case.tokens:,}", "variant": case.variant,
+        "keys": told["prompt_tokens"], "chunk": told["chunk"], "median_s": seconds, "rounds": 1,
+        "policy": "dynmask generate, a file, gates without calibration",
+        "tokens_per_s": told["prompt_tokens"] / seconds, "weight_bytes": memory["weight_bytes"],
+        "peak_beyond_weights_bytes": memory["peak_bytes"] - memory["weight_bytes"],
+        "cache_bytes": memory["cache_bytes"], "rest_bytes": memory["rest_bytes"],
+        "memory": memory["method"],
+    }  # fmt: skip
+
+
+def text_of(tokens: int, tokenizer: Any) -> str:
+    """This project's pages, over and over, of about so many tokens."""
+    pages = "\n".join(p.read_text(encoding="utf-8") for p in sorted(PAGES.glob("*.md")))
+    ids = tokenizer(pages).input_ids
+    times, left = divmod(tokens, len(ids))
+    return pages * times + tokenizer.decode(ids[:left], skip_special_tokens=True)
 
 
 def first(model: Any, run: Any, ids: torch.Tensor, case: Case, shown: bool = False) -> Any:
@@ -242,7 +292,12 @@ def main(argv: list[str] | None = None) -> None:
     here["commit"] = args.commit or here["commit"]
     shape = TINY if args.smoke else LLAMA_1B
     for name in args.only or known:
-        row = {**measure(known[name], shape, card, device), **here}
+        case = known[name]
+        if case.variant == "generate":
+            found = by_command(case, shape, device)
+        else:
+            found = measure(case, shape, card, device)
+        row = {**found, **here}
         show(row)
         kept = [
             old for old in rows_of(out)

@@ -72,6 +72,27 @@ def test_generate_goes_on_after_the_chunks():
     assert heard == [41, 41, 41, 41] and got.tolist() == want.tolist()
 
 
+def test_hybrid_models_go_on_after_the_chunks():
+    # the state of linear attention is written in place by what follows, under no_grad alone
+    import transformers
+
+    config = transformers.Qwen3NextConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16,
+        linear_value_head_dim=16, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen3NextForCausalLM(config).eval()
+    with attend(model, Streaming(sinks=2, window=9)) as run:
+        want = model.generate(IDS, max_new_tokens=6, do_sample=False)
+        cache = cache_for(run, 203)
+        read_chunks(model, IDS, cache, 50)
+        got = model.generate(IDS, max_new_tokens=6, do_sample=False, past_key_values=cache)
+    assert got.tolist() == want.tolist()
+
+
 def test_no_mask_of_queries_times_keys_is_made(monkeypatch):
     sizes, real = [], placement.linear_mask
     monkeypatch.setattr(masking, "sdpa_mask", lambda **_: pytest.fail("a dense mask"))
@@ -256,11 +277,12 @@ def test_a_file_is_refused_before_the_model_loads(tmp_path, capsys, monkeypatch)
 
 
 def test_the_recipe_measures_one_case_at_a_time(tmp_path, capsys):
-    for name in ("gated-512", "dma-256"):
+    for name in ("gated-512", "dma-256", "generate-512"):
         million.main(["--device", "cpu", "--smoke", "--out", str(tmp_path), "--only", name])
     assert million.cases()[0].name == "gated-1048576"
     rows = [json.loads(x) for x in (tmp_path / "million.jsonl").read_text().splitlines()]
-    assert [(r["variant"], r["keys"]) for r in rows] == [("gated", 512), ("dma", 256)]
+    found = [(r["variant"], r["keys"]) for r in rows]
+    assert found == [("gated", 512), ("dma", 256), ("generate", 512)]
     assert all(r["cache_bytes"] > 0 and r["versions"] and r["device"] for r in rows)
     with pytest.raises(SystemExit):
         million.main(["--only", "nothing"])

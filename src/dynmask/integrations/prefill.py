@@ -127,7 +127,7 @@ def cache_for(run: Any, tokens: int, offload: bool = False) -> Any:
     return DynamicCache(config=run.model.config)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read_chunks(
     model: nn.Module,
     ids: Tensor,
