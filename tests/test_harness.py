@@ -14,10 +14,11 @@ pytest.importorskip("transformers")
 
 from dynmask import cli
 from dynmask.evals.engine import Interrupted
+from dynmask.evals.generation import attend, greedy, needed_cache
 from dynmask.evals.harness import Harness, harness
 from dynmask.evals.report import paired_difference
 from dynmask.masks import LifetimeMask
-from dynmask.policies import Streaming
+from dynmask.policies import H2O, Gated, Streaming
 from tests.stand_in import save_stand_in, stand_in_model, stand_in_tokenizer
 
 POLICIES = {"full": None, "streaming": Streaming(sinks=2, window=24)}
@@ -165,6 +166,31 @@ def test_costs_are_measured_on_the_first_prompts(package):
     assert all(row.prefill_seconds > 0 and row.ms_per_token > 0 for row in report.rows)
     assert all(row.peak_memory_bytes is not None for row in report.rows)
     assert {timed["new_tokens"] for timed in report.timing} == {3}
+
+
+@pytest.mark.parametrize("policy", [H2O(width=12, block=4), Gated(window=8, decode="keep")])
+def test_answers_are_decoded_by_the_policys_own_rule(package, monkeypatch, policy):
+    """H2O reads every key without its cache, ``keep`` nothing at all."""
+    said = []
+
+    def answered(self, requests, disable_tqdm=False):
+        for request in requests:
+            ids = self.tokenizer(request, return_tensors="pt")["input_ids"]
+            fixed = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+            said.append(self.model.generate(ids, use_cache=True, **fixed)[0, ids.shape[1] :])
+        return said
+
+    monkeypatch.setattr(Wrapper, "generate_until", answered)
+    model, tokenizer = stand_in_model(), stand_in_tokenizer()
+    settings = {"timing": False, "progress": False, "measure_rows": 0}
+    harness(model, tokenizer, {"it": policy}, Harness(("graded",)), n=2, **settings)
+    assert "generate" not in vars(model)
+    for prompt, tokens in zip(PROMPTS, said, strict=False):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with attend(model, policy) as run:
+            assert tokens.tolist() == greedy(model, ids, 6, cache=needed_cache(run)).tokens
+            if isinstance(policy, H2O):
+                assert tokens.tolist() != greedy(model, ids, 6).tokens
 
 
 def test_an_interrupted_run_keeps_what_was_finished_and_resumes(package, tmp_path):

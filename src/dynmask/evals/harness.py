@@ -12,7 +12,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from .engine import Interrupted, check_policies, evaluate, progress_bar
-from .generation import attend, is_full, own_summary
+from .generation import attend, is_full, needed_cache, own_summary
 from .journal import Journal, policy_fingerprint
 from .provenance import environment
 from .report import ItemResult, Report, Row, paired_difference, proportion_interval
@@ -231,7 +232,10 @@ def _ask(
     policy: Any,
 ) -> dict[str, Any]:
     """Run one task under one policy; JSON-serialisable."""
-    with attend(model, policy, impl, measure=True, measure_rows=measure_rows) as run:
+    with (
+        attend(model, policy, impl, measure=True, measure_rows=measure_rows) as run,
+        _decoding(model, run),
+    ):
         asked = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=1)
         if not progress:
             for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
@@ -264,6 +268,26 @@ def _ask(
         "prompts": [prompt for prompt in prompts if prompt],
         "measured": {key: measured[key] for key in COUNTED},
     }
+
+
+@contextmanager
+def _decoding(model: Any, run: Any) -> Iterator[None]:
+    """The model's ``generate``, which the harness calls, decodes by the rule of a run's policy."""
+    own = model.generate
+    held = vars(model).get("generate")
+
+    def generate(*args: Any, **given: Any) -> Any:
+        cache = needed_cache(run)
+        return own(*args, **({} if cache is None else {"past_key_values": cache}), **given)
+
+    model.generate = generate
+    try:
+        yield
+    finally:
+        if held is None:
+            del model.generate
+        else:
+            model.generate = held
 
 
 def _once(samples: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
