@@ -192,6 +192,8 @@ def test_answers_may_be_judged_by_what_decoding_leaves(model, retained, decode):
     assert costs[decode] > costs["full"] * 1.1
     with pytest.raises(ValueError, match="settings.decode: expected 'full', 'select' or 'keep'"):
         replace(SETTINGS, decode="all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="soft: expected decode='full' or 'select'"):
+        GatedSettings(soft=True, decode="keep")
 
 
 def test_score_heads_that_are_of_no_use_are_refused_before_the_model_runs(model, retained):
@@ -213,6 +215,15 @@ def test_score_heads_that_are_of_no_use_are_refused_before_the_model_runs(model,
     ):
         with pytest.raises(ValueError, match=message):
             calibrate_gates(settings=wanted, scores=scores, **given)
+
+
+def test_how_a_card_was_judged_does_not_say_how_it_is_used(card):
+    settings = card.header["settings"] | {"decode": "keep"}
+    judged = dynmask.MaskCard(card.header | {"settings": settings}, card.tensors)
+    assert judged.policy().decode == "full"
+    assert judged.policy(soft=True, decode="select").soft  # which keep rules out
+    with pytest.raises(ValueError, match="soft: expected decode='full' or 'select'"):
+        judged.policy(soft=True, decode="keep")
 
 
 def _retained_settings():

@@ -168,7 +168,7 @@ class GatedSettings:
         for budget in budgets:
             Gates.full(1, 1).replaced(torch.ones(1, 1, dtype=torch.bool), **asdict(budget))
         self._check_soft()
-        self.policy(None, torch.ones(1, 1))
+        replace(self.policy(None, torch.ones(1, 1)), decode=self.decode)
 
     def _check_soft(self) -> None:
         """Raise ValueError for soft masks where they cannot be."""
@@ -253,7 +253,8 @@ def gated_of(
     """
     names = [item.name for item in fields(Gates) if item.name in card.tensors]
     gates = Gates(**{name: card.tensors[name] for name in names})
-    settings = replace(settings_of(card.header["settings"]), **options)
+    # how it was judged says nothing of how it may be used
+    settings = replace(settings_of(card.header["settings"]), decode="full", **options)
     promise = card.header.get("least_mass")
     promise = None if promise is None else torch.tensor(promise, dtype=torch.float32)
     scores = None
