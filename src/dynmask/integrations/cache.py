@@ -129,7 +129,7 @@ class OwnedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers' tensors, of those with transformers' own cache their keys' alone."""
+        """Bytes of all layers' tensors: of layers with transformers' own cache keys and values."""
         return sum(_layer_bytes(layer) for layer in self.layers)
 
     def check_in_effect(self) -> None:
