@@ -1024,6 +1024,8 @@ def test_answers_to_models_with_recurrent_layers_are_judged_as_the_model_decodes
     whole = model(texts[0][None]).logits[0, rows[0]].log_softmax(-1)
     assert torch.allclose(judge.full[0], whole, atol=1e-3)
     assert judge.cost(Gates.full(2, 4)) < 1e-6
+    with pytest.raises(ValueError, match="attention in each of 2 layers.*received none in layer 0"):
+        calibrate_gates(model, texts, SETTINGS, progress=False)
 
 
 def test_answers_need_a_model_that_returns_its_cache(model):

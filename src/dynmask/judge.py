@@ -231,7 +231,11 @@ class _Meter:
 
 
 def measure(judge: Judge, policy: Gated, which: Sequence[int], layers: int) -> tuple[Tensor, ...]:
-    """Density and kept mass of every map in each prompt: float64 [documents, layers, heads]."""
+    """Density and kept mass of every map in each prompt: float64 [documents, layers, heads].
+
+    Raises:
+        ValueError: a model with a layer that is no attention.
+    """
     from dynmask.integrations.transformers import sparsify
 
     meter = _Meter(policy, layers)
@@ -239,6 +243,12 @@ def measure(judge: Judge, policy: Gated, which: Sequence[int], layers: int) -> t
         for i in which:
             ids = judge.prompt(i)[None].to(judge.device)
             judge.model.base_model(input_ids=ids, use_cache=False)
+    without = [layer for layer, found in enumerate(meter.density) if not found]
+    if without:
+        raise bad(
+            "model", f"attention in each of {layers} layers, whose maps have budgets",
+            f"none in layer {without[0]}", "Hybrid models have gates without a card: Gated().",
+        )  # fmt: skip
     return tuple(
         torch.stack([torch.cat(found) for found in kind], 1).clamp(0, 1).cpu()
         for kind in (meter.density, meter.mass)
