@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -15,11 +16,12 @@ from transformers import DynamicCache  # noqa: E402
 
 import dynmask  # noqa: E402
 from dynmask import HeavyHitterCache, attention, cli, sparsify  # noqa: E402
+from dynmask.cli.generate import Work  # noqa: E402
 from dynmask.evals.generation import attend, bounded_cache, greedy, needed_cache  # noqa: E402
 from dynmask.integrations import prefill  # noqa: E402
 from dynmask.integrations.heavy_cache import HeavyHitterStore  # noqa: E402
 from dynmask.masks import LifetimeMask  # noqa: E402
-from dynmask.policies import H2O, Causal, Streaming  # noqa: E402
+from dynmask.policies import H2O, Causal, Gated, Streaming  # noqa: E402
 from tests.stand_in import save_stand_in  # noqa: E402
 from tests.test_bounded import CLOSE, generate, prompt  # noqa: E402
 from tests.tiny import TINY, VOCAB, tiny_llama  # noqa: E402
@@ -386,6 +388,12 @@ def test_what_does_not_fit_is_refused():
         for make in (needed_cache, lambda run: prefill.cache_for(run, 100)):
             with pytest.raises(ValueError, match="[Hh]ybrid models"):
                 make(run)
+    for policy in (SMALL, Gated(decode="keep")):  # not after the prompt, nor by another rule
+        with sparsify(hybrid, policy) as run:
+            ids, silent = torch.ones(1, 9, dtype=torch.long), SimpleNamespace()
+            work = Work(hybrid, run, ids, 0, silent, shown=False)
+            with pytest.raises(ValueError, match="[Hh]ybrid models"):
+                work.run(max_new_tokens=2)
 
 
 def test_evaluations_decode_by_it():

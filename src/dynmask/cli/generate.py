@@ -205,14 +205,15 @@ class Work:
             self._look()
 
     def _run(self, bar: Any, settings: dict[str, Any]) -> None:
-        from dynmask.evals.generation import bounded_cache
+        from dynmask.evals.generation import bounded_cache, needed_cache
         from dynmask.integrations.prefill import cache_for, read_chunks
 
         total = self.ids.shape[1]
         if self.chunk or self.offload:
             cache = cache_for(self.active, total if self.chunk else 0, self.offload)
         else:
-            cache = bounded_cache(self.active)
+            needed = needed_cache(self.active)  # refuses where the policy cannot decode
+            cache = bounded_cache(self.active) if needed is None else needed
         self._cache = cache
 
         def heard(tokens: int) -> None:

@@ -158,16 +158,17 @@ def needed_cache(run: Any) -> Any:
     """Return the cache without which a run's policy does not decode by its own rule; None if any.
 
     Raises:
-        ValueError: h2o in a hybrid model, whose prompts alone it serves.
+        ValueError: a hybrid model, which keeps its own cache.
     """
     from dynmask.policies import H2O
 
     policy = getattr(run, "policy", None)
-    if isinstance(policy, H2O):
-        import dynmask
+    heavy = isinstance(policy, H2O)
+    if not heavy and getattr(policy, "decode", None) != "keep":
+        return None
+    import dynmask
 
-        return dynmask.HeavyHitterCache(run)
-    return bounded_cache(run) if getattr(policy, "decode", None) == "keep" else None
+    return dynmask.HeavyHitterCache(run) if heavy else dynmask.GatedCache(run)
 
 
 def text_config(model: Any) -> Any:
