@@ -154,7 +154,7 @@ def check_crop(tokens: int) -> None:
         raise bad(
             "HeavyHitterCache: crop", "no tokens to forget", abs(tokens),
             "What keys received from them, and lost, cannot be undone: keep a copy.deepcopy of "
-            "the cache from before, or run the prompt again.",
+            "the cache from before, or run the prompt again. Leave assisted decoding out.",
         )  # fmt: skip
 
 
@@ -197,8 +197,8 @@ class HeavyHitterCache(OwnedCache):
     Batches padded on the left, beam search, sampling and continuing a conversation work; a
     ``copy.deepcopy`` is a fork. Layers with a sliding window of their own have transformers' cache
     and read as without this one: what the policy chooses in a prompt, all of the window for a
-    decoded token. Forgetting tokens (``crop``) is refused. Kept mass is measured in the call that
-    begins a sequence: the true attention of keys that were evicted is not known.
+    decoded token. Forgetting tokens (``crop``, assisted decoding) is refused. Kept mass is measured
+    in the call that begins a sequence: the true attention of keys that were evicted is not known.
 
     Args:
         run: what ``sparsify`` returned.
