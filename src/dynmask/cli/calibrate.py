@@ -49,6 +49,7 @@ examples:
   dynmask calibrate --model MODEL --policy retained --text long/ --minutes 3 --out kept-card
   dynmask calibrate --model MODEL --policy gated --text long/ --max-kl 0.02 --out gated-card
   dynmask calibrate --model MODEL --policy gated --text long/ --encoder --out gated-card
+  dynmask calibrate --model MODEL --policy gated --text long/ --slashes --out gated-card
   dynmask calibrate --model MODEL --policy gated --text long/ --scores kept-card --out gated-card
 
 Documents that are shorter than --length tokens are joined with the next ones of the
