@@ -602,7 +602,7 @@ class Gated:
             death = death.clone()  # every batch row has columns of its own
             if picked is None:
                 picked = self._columns(query, key, width, layer.first_key, most)
-            chosen, worth = (x[..., :most] for x in picked)
+            chosen, worth = picked
             keep = self._worthy(columns, worth)
             old = death.gather(-1, chosen)
             death.scatter_(-1, chosen, old.masked_fill(keep, LifetimeMask.INF))
