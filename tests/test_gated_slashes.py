@@ -164,6 +164,22 @@ def test_diagonals_are_those_of_vertical_slash():
     assert torch.equal(found.diagonals, expected.diagonals)
 
 
+@pytest.mark.parametrize("at_once", [1, 2 * 2 * 80 * 7, 2 * 4 * 80 * 60])
+def test_few_weights_at_a_time_are_the_same_sums(at_once, monkeypatch):
+    """A row of a kv head's maps at least; some rows of one; all of two kv heads."""
+    from dynmask.policies import weights
+
+    query, key, _ = tensors(80, 60, groups=2)
+    whole = weights.causal_weights(query, repeat_heads(key, 4))
+    monkeypatch.setattr(weights, "WEIGHTS_AT_A_TIME", at_once)
+    columns, diagonals = weights.line_sums(query, key)
+    torch.testing.assert_close(columns, whole.sum(-2))
+    by_offset = [
+        sum(whole[..., row, 20 + row - r] for row in range(60) if 20 + row >= r) for r in range(80)
+    ]
+    torch.testing.assert_close(diagonals, torch.stack(by_offset, -1))
+
+
 def test_a_diagonal_that_gets_no_attention_is_not_read():
     query, key, value = tensors(60, 60)
     key *= 0

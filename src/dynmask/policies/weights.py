@@ -60,17 +60,20 @@ def diagonal_sums(weights: Tensor) -> Tensor:
 def line_sums(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of the last queries, summed over columns and diagonals: float32 [b, h, keys] each.
 
-    A few heads at a time: the weights of all would be gigabytes where keys are a million.
+    A few heads or rows at a time: the weights of all would be gigabytes where keys are a million.
     """
     (batch, heads, rows, _), (groups, keys) = query.shape, key.shape[1:3]
     members = heads // groups
-    columns = query.new_empty(batch, heads, keys, dtype=torch.float32)
-    diagonals = torch.empty_like(columns)
+    columns = query.new_zeros(batch, heads, keys, dtype=torch.float32)
+    diagonals = torch.zeros_like(columns)
     step = max(WEIGHTS_AT_A_TIME // (batch * members * rows * keys), 1)
     for first in range(0, groups, step):
         own = slice(first * members, (first + step) * members)
-        weights = _last_rows(query[:, own], key[:, first : first + step])
-        columns[:, own], diagonals[:, own] = weights.sum(-2), diagonal_sums(weights)
+        for start, stop in row_ranges(rows, batch * members * step * keys):
+            seen = keys - rows + stop
+            weights = _last_rows(query[:, own, start:stop], key[:, first : first + step, :seen])
+            columns[:, own, :seen] += weights.sum(-2)
+            diagonals[:, own, :seen] += diagonal_sums(weights)
     return columns, diagonals
 
 
