@@ -246,6 +246,7 @@ def test_the_guard_widens_windows_columns_and_diagonals_each_row_alone(seed):
     dense = [h for h in range(4) if not factor[:, h].any()]
     assert dense or seed == 1
     assert all(mask.of[h] == 0 for h in dense)  # lifetimes, not all diagonals
+    assert mask.parts[1].diagonals.shape[-1] <= 80  # nor where one row of a head is dense
     names = ("window", "columns", "blocks", "kept", "slashes")
     times = torch.tensor([[1, 2, 8, 0], [4, 0, 1, 8]])
     wide = widened(times, 30, 5, *(getattr(gates, name)[0].long() for name in names))

@@ -34,7 +34,6 @@ def slash_mask(
         last: queries that are looked at.
     """
     every, queries, keys = query.shape[1], query.shape[2], key.shape[2]
-    window = window.clamp(max=keys)
     near, count = (x.to(key.device, non_blocking=True)[..., None] for x in (window, slashes))
     worth = _diagonal_sums(query[:, :, -last:], key, heads)
     offset = torch.arange(keys, device=key.device)
@@ -46,7 +45,7 @@ def slash_mask(
     close = offset[: int(window.max())]
     close = torch.where(close < near, close, keys).expand(len(far), -1, -1)
     diagonals = torch.cat([close, far], -1).sort(-1).values
-    longest = int((window + slashes).max())
+    longest = min(int((window + slashes).max()), keys)
     return StructuralMask(
         diagonals=_listed(diagonals[..., :longest], heads, every, keys),
         verticals=_listed(verticals.expand(len(far), -1, -1).sort(-1).values, heads, every, keys),
