@@ -116,13 +116,14 @@ def settings_of(options: argparse.Namespace, allowed: float) -> Any:
     """Return how a card's budgets are chosen; ValueError for what cannot be."""
     from dynmask.budgets import GatedSettings, offered
 
-    every = offered(options.blocks or options.encoder, options.scores is not None)
+    every = offered(options.blocks or options.encoder, options.scores is not None, options.slashes)
     most = max(budget.window for budget in every)
     if not 0 <= options.least_window <= most:
         raise ValueError(f"--least-window: expected 0 to {most}, received {options.least_window}")
     budgets = tuple(budget for budget in every if budget.window >= options.least_window)
     if options.smoke:
-        budgets = (*[budget for budget in budgets if budget.kept][:1], *budgets[-2:])
+        kinds = ([b for b in budgets if getattr(b, name)][:1] for name in ("kept", "slashes"))
+        budgets = (*itertools.chain(*kinds), *budgets[-2:])
     return GatedSettings(
         max_kl=allowed, density=options.density, least=options.least, pool=options.pool,
         encoder=options.encoder, budgets=budgets, decode=options.decode,
@@ -146,6 +147,7 @@ def main() -> None:
     parser.add_argument("--recall", action="store_true", help="with --harder: no families of its")
     parser.add_argument("--blocks", action="store_true", help="offer blocks too")
     parser.add_argument("--encoder", action="store_true", help="train what scores the blocks")
+    parser.add_argument("--slashes", action="store_true", help="offer diagonals beside columns too")
     parser.add_argument("--scores", type=Path, help="retained card: offer maps that evict by it")
     parser.add_argument(
         "--decode", choices=("full", "select", "keep"), default="full",
@@ -227,15 +229,16 @@ def report(card: Any, seconds: float, out: Path) -> None:
     tensors = card.tensors
     block = header["settings"]["block"]
     none = torch.zeros_like(tensors["window"])
-    names = ("window", "columns", "blocks", "kept")
+    names = ("window", "columns", "blocks", "kept", "slashes")
     tables = (tensors.get(name, none).tolist() for name in names)
     for layer, numbers in enumerate(zip(*tables, strict=True)):
         maps = [
             "dense" if w == LifetimeMask.INF
             else f"{w}+{b}x{block}" if b
             else f"{w}+{k}s" if k  # kept by score
+            else f"{w}+{c}+{d}d" if d  # diagonals
             else f"{w}+{c}"
-            for w, c, b, k in zip(*numbers, strict=True)
+            for w, c, b, k, d in zip(*numbers, strict=True)
         ]  # fmt: skip
         print(f"  layer {layer}: " + "  ".join(f"{text:>9}" for text in maps))
 

@@ -12,7 +12,8 @@ tokens before: without it, finding the token before takes most of the training (
 attention answered 17 % of the first case after 2,000 steps; with it, on a CPU, 98 % of 16 pairs
 in 64 tokens, vocabulary 2,048, after 200). The learning rate is chosen from one grid, at the first
 case with the first seed, per mixer and width. A run that ends is taken up again by the same
-command: cells that have a row are not run again.
+command: cells that have a row are not run again. Cells are small: while NVIDIA's multi-process
+service runs (``nvidia-cuda-mps-control -d``), those of ``--jobs`` share a GPU and take no turns.
 
 The cases say what a cache of w keys can hold. ``scarce``: w is half of the values, so storing
 everything is impossible and a choice that does not know the question must lose answers;

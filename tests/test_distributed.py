@@ -119,6 +119,15 @@ def gated_by_score(dim=16):
     return Gated(sinks=2, last=5, gates=gates, scores=pair_scores(dim=dim), decode="select")
 
 
+def gated_by_slashes():
+    """Diagonals alone, beside columns, and in a layer of maps of other kinds."""
+    window = torch.tensor([[3, 3, 7, INF], [5, 5, 2, 2]], dtype=torch.int32)
+    slashes = torch.tensor([[6, 0, 2, 0], [3, 4, 1, 9]], dtype=torch.int32)
+    columns = torch.tensor([[0, 4, 3, 0], [3, 0, 0, 0]], dtype=torch.int32)
+    gates = Gates(window, columns, torch.zeros(2, 4), slashes=slashes)
+    return Gated(sinks=2, last=5, gates=gates, decode="select")
+
+
 def per_head_policies():
     """Policies with numbers of single heads: 2 layers, 4 heads, 2 kv heads of dim 8."""
     from dynmask.encoder import BlockEncoder
@@ -143,6 +152,7 @@ def per_head_policies():
         ),
         "encoders": Gated(sinks=2, gates=blocks, encoders=(coder, None), **sizes),
         "scores": gated_by_score(DIM),
+        "slashes": gated_by_slashes(),
     }
 
 
@@ -250,6 +260,7 @@ MODELS = {
     "gated_blocks": Gated(
         sinks=2, window=5, columns=0, blocks=1, block=4, query_pool=2, key_pool=2
     ),
+    "gated_slashes": gated_by_slashes(),
 }
 
 
@@ -272,7 +283,7 @@ def model_cases(cases):
     scored = {"retained": retained, "gated_scores": gated_by_score()}
     for kind, model in models.items():
         for name, policy in (MODELS | scored).items():
-            if kind and name in ("streaming", "snapkv", "gated_blocks", "gated_scores"):
+            if kind and (name in ("streaming", "snapkv") or name.startswith("gated_")):
                 continue
             split = Split.over(None, LENGTH, balanced=name not in ("streaming", "snapkv"))
             with cases.case(f"model {kind}{name}"), dynmask.sparsify(model, policy) as run:
@@ -371,6 +382,7 @@ def tensor_cases(cases, folder):
         "elastic": (Elastic(((1, 5, 9, 2), (3, 3, 8, 20)), 0.1, 2, 1), None),
         "gated": (keep, dynmask.GatedCache),
         "gated_scores": (gated_by_score(), dynmask.GatedCache),
+        "gated_slashes": (gated_by_slashes(), None),
         "retained": (Retained(pair_scores(), width, 5, 2), dynmask.BoundedCache),
     }
     for name, (policy, cache) in policies.items():
@@ -445,7 +457,7 @@ def found(tmp_path_factory):
 def test_two_ranks_are_one_process(found):
     for cases in found:
         results = {k: v for k, v in cases.items() if not k.startswith("refuses")}
-        assert len(results) == 62
+        assert len(results) == 65
         wrong = {k: v for k, v in results.items() if not isinstance(v, float) or v > TOLERANCE}
         assert not wrong
 

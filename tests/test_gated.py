@@ -254,8 +254,8 @@ def test_no_list_of_blocks_is_longer_than_it_is_said_to_be(window, queries, monk
 
 def test_blocks_grow_with_the_input_by_their_share():
     gates = gates_of([[4, 4]], [[0, 3]], [[0.1, 0.1]], [[2, 0]])
-    assert [x.tolist() for x in gates.of(0, 160, 8)] == [[4, 4], [0, 19], [4, 0], [0, 0]]
-    assert [x.tolist() for x in gates.of(0, 8, 8)] == [[4, 4], [0, 3], [1, 0], [0, 0]]
+    assert [x.tolist() for x in gates.of(0, 160, 8)] == [[4, 4], [0, 19], [4, 0], [0, 0], [0, 0]]
+    assert [x.tolist() for x in gates.of(0, 8, 8)] == [[4, 4], [0, 3], [1, 0], [0, 0], [0, 0]]
 
 
 def test_few_scores_at_a_time_choose_the_same_blocks(monkeypatch):

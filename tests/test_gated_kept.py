@@ -180,8 +180,9 @@ def test_the_guard_widens_what_is_kept_until_the_map_is_dense():
                 scores = policy.score(key, value, Layer(0))[b, h // 2]
                 wide = naive(scores, 4 * times, kept * times, 1, 120)
                 assert torch.equal(mask.dense()[b, h], wide)
-    tables = (x.long() for x in (gates.window[0], gates.columns[0], gates.blocks[0], gates.kept[0]))
-    _, columns, _, kept = widened(factor, 120, 2, *tables)
+    names = ("window", "columns", "blocks", "kept", "slashes")
+    tables = (getattr(gates, name)[0].long() for name in names)
+    _, columns, _, kept, _ = widened(factor, 120, 2, *tables)
     assert not columns.any()  # nothing is chosen for maps that keep
     assert torch.equal(kept, (gates.kept * factor.clamp(min=1)).clamp(max=120))
 

@@ -359,6 +359,35 @@ def test_policies_choose_on_the_gpu_what_they_choose_on_the_cpu(policy):
     assert (there != here).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [700, 77, 1])
+def test_a_layer_of_gates_of_all_kinds(queries, dtype):
+    from dynmask.policies import Gated, Layer
+    from dynmask.policies.gates import Gates
+    from tests.policies import score_modules
+
+    def table(*numbers):
+        return torch.tensor([numbers], dtype=torch.int32)
+
+    # dense, a window, columns, diagonals, both, blocks, kept by score twice: HEADS maps
+    window = table(LifetimeMask.INF, 40, 30, 20, 9, 64, 50, 50)
+    columns, slashes = table(0, 0, 60, 0, 33, 0, 0, 0), table(0, 0, 0, 25, 70, 0, 0, 0)
+    blocks, kept = table(0, 0, 0, 0, 0, 2, 0, 0), table(0, 0, 0, 0, 0, 0, 90, 90)
+    share = torch.zeros(1, HEADS)
+    gates = Gates(window, columns, share, blocks, kept, slashes)
+    policy = Gated(gates=gates, scores=(score_modules()[0],), decode="select")
+    policy.check(1, HEADS, GROUPS)
+    query, key, value = tensors(700, queries, dtype, dim=8)  # that of the score modules
+    mask = policy(query, key, value, Layer(0))
+    out = attention(query, key, value, mask, impl="triton")
+    truth = attention(query.double(), key.double(), value.double(), mask, impl="reference")
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), truth, rtol=tolerance, atol=tolerance)
+    if dtype == torch.float32:
+        here = policy(query.cpu(), key.cpu(), value.cpu(), Layer(0)).dense()
+        assert (mask.dense().cpu() != here).float().mean() < 1e-3  # near ties
+
+
 @pytest.mark.parametrize("impl", ["triton", "cpu"])
 def test_the_reference_model_answers_alike_on_the_gpu(impl):
     from pathlib import Path

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -569,3 +570,19 @@ def test_a_cell_of_some_groups_says_so():
     rows = answered("full", "vt", "cwe", "fwe") + answered("one", "vt") + answered("a", "vt", "cwe")
     cells = [_answered(rows, "ruler 32768", name) for name in ("full", "one", "a")]
     assert ["of 3 tasks" in cell for cell in cells] == [False, True, True]
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+@pytest.mark.parametrize("asked", [{}, {"slashes"}, {"scores", "slashes"}, {"blocks", "scores"}])
+def test_a_card_is_offered_the_kinds_that_are_asked_for(asked, smoke):
+    given = {"encoder": False, "density": None, "least": 1e-3, "pool": 1, "decode": "full"}
+    kinds = {name: name in asked for name in ("blocks", "slashes")}
+    scores = "card" if "scores" in asked else None
+    options = SimpleNamespace(**given, **kinds, scores=scores, least_window=512, smoke=smoke)
+    budgets = gated_card.settings_of(options, 0.02).budgets
+    found = {"scores": "kept", "slashes": "slashes", "blocks": "blocks"}
+    for name, field in found.items():
+        some = [getattr(budget, field) for budget in budgets if getattr(budget, field)]
+        assert bool(some) is (name in asked) or (smoke and name == "blocks" and not some)
+    assert all(budget.window >= 512 for budget in budgets)
+    assert len(budgets) <= 4 or not smoke

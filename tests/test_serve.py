@@ -255,13 +255,19 @@ sys.exit(int(end))
 """
 
 
+def heard_signals():
+    """Signals end a process again, though who started the tests (nohup, a script) ignores some."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def kept(tmp_path, restart, *ends, nohup=()):
     """A supervisor with a server that ends so, and the file that counts starts."""
     note = tmp_path / "starts"
     server = [sys.executable, "-c", SERVER.replace("\\\\", "\\"), str(note), *ends]
     process = subprocess.Popen(
         [*nohup, *supervise.command_of(server, restart)], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard_signals,
     )  # fmt: skip
     return process, note
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmask.card import SCHEMA, MaskCard, describe_model, write_atomically
-from dynmask.card_kinds import ENCODER_TENSORS, SCORES
+from dynmask.card_kinds import ENCODER_TENSORS, SCORES, slashes_in
 from dynmask.checkpoint import unreadable
 from dynmask.encoder_training import EncoderTraining
 from dynmask.errors import bad
@@ -33,8 +33,10 @@ from dynmask.gated_settings import (
     BLOCK_BUDGETS,
     BUDGETS,
     KEPT_BUDGETS,
+    SLASH_BUDGETS,
     WITH_BLOCKS,
     WITH_KEPT,
+    WITH_SLASHES,
     Budget,
     GatedSettings,
     offered,
@@ -43,8 +45,9 @@ from dynmask.judge import Judge, measure
 from dynmask.policies.gated import Gates
 
 __all__ = [
-    "BLOCK_BUDGETS", "BUDGETS", "KEPT_BUDGETS", "WITH_BLOCKS", "WITH_KEPT", "Budget",
-    "GatedSettings", "calibrate_gates", "choose_gates", "offered", "read_journal",
+    "BLOCK_BUDGETS", "BUDGETS", "KEPT_BUDGETS", "SLASH_BUDGETS", "WITH_BLOCKS", "WITH_KEPT",
+    "WITH_SLASHES", "Budget", "GatedSettings", "calibrate_gates", "choose_gates", "offered",
+    "read_journal",
 ]  # fmt: skip
 
 _JOURNAL = "dynmask_budgets"
@@ -246,9 +249,12 @@ def calibrate_gates(
         "kept_mass": mass[which].mean(0).tolist(),
         "least_mass": mass.amin(0).tolist(),
     }
+    tensors = {item.name: getattr(gates, item.name) for item in fields(gates)}
     # a card without score heads has no table of what they keep, as before there were any
-    tables = [item.name for item in fields(gates) if item.name != "kept" or gates.kept.any()]
-    tensors = {name: getattr(gates, name) for name in tables}
+    if not gates.kept.any():
+        tensors.pop("kept")
+    if not slashes_in(header["settings"]):
+        tensors.pop("slashes")
     if judge.encoders is not None:
         header["encoder"] = figures
         for layer, encoder in enumerate(judge.encoders):

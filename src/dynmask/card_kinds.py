@@ -221,6 +221,12 @@ def judged_of(header: dict[str, Any]) -> str:
     return f", {header['judged']} tokens judged, {header.get('decoded', 0)} read as decoded ones"
 
 
+def slashes_in(settings: dict[str, Any]) -> bool:
+    """Whether the settings of a gated card offer diagonals; such a card has a table of them."""
+    budgets = settings.get("budgets", ())
+    return any(isinstance(b, dict) and b.get("slashes", 0) for b in budgets)
+
+
 class GatedTensors:
     """What the tensors of a gated card must look like: one number for each map."""
 
@@ -262,7 +268,8 @@ class GatedTensors:
     def layout(header: dict[str, Any]) -> Layout:
         """A number for each map; blocks where the card is of a time that knew them.
 
-        What maps keep by score, and the parameters of the score modules, where there are any.
+        Diagonals where its settings offer some. What maps keep by score, and the parameters of the
+        score modules, where there are any.
         """
         shape = header["model"]["layers"], header["model"]["heads"]
         tables: Layout = {
@@ -273,6 +280,8 @@ class GatedTensors:
         settings, model = header["settings"], header["model"]
         if "block" in settings:
             tables["blocks"] = torch.int32, shape
+        if slashes_in(settings):
+            tables["slashes"] = torch.int32, shape
         kept = header["encoder"]["kept"] if settings.get("encoder") else []
         rank, dim = settings.get("rank", 0), model["head_dim"]
         for layer, good in enumerate(kept):

@@ -27,6 +27,7 @@ class Budget:
     share: float = 0.0
     blocks: int = 0
     kept: int = 0
+    slashes: int = 0
 
 
 BUDGETS = (
@@ -49,21 +50,28 @@ KEPT_BUDGETS = (Budget(128, kept=1024), Budget(128, kept=2048), Budget(512, kept
 """What maps may read that keep by score. None reads less than the cheapest of ``BUDGETS``, for the
 same reason; and what is evicted cannot be asked for again."""
 
+SLASH_BUDGETS = (
+    Budget(128, 1024, slashes=128), Budget(128, 1024, slashes=512),
+    Budget(512, 1024, slashes=2048),
+)  # fmt: skip
+"""What maps may read that choose diagonals beside columns."""
+
 
 def reads(budget: Budget, keys: int = 65_536, block: int = 64) -> float:
     """Keys that a map reads of so many, at most; sinks are not counted."""
     fixed = budget.window + budget.columns + budget.kept + budget.blocks * block
-    return fixed + budget.share * keys
+    return fixed + budget.slashes + budget.share * keys
 
 
-def offered(blocks: bool = False, kept: bool = False) -> tuple[Budget, ...]:
-    """``BUDGETS``, and with them those of blocks or of kept keys, where they are asked for.
+def offered(blocks: bool = False, kept: bool = False, slashes: bool = False) -> tuple[Budget, ...]:
+    """``BUDGETS``, and with them those of blocks, kept keys or diagonals, as they are asked for.
 
     In the order of what a map may read of a long input; of those that read equally much one of kept
-    keys comes first, because its memory can be freed.
+    keys comes first, because its memory can be freed, and then columns alone, one list for all.
     """
-    others = (KEPT_BUDGETS if kept else ()) + BUDGETS + (BLOCK_BUDGETS if blocks else ())
-    return tuple(sorted(others, key=reads)) if blocks or kept else BUDGETS
+    more = (SLASH_BUDGETS if slashes else ()) + (BLOCK_BUDGETS if blocks else ())
+    others = (KEPT_BUDGETS if kept else ()) + BUDGETS + more
+    return tuple(sorted(others, key=reads)) if blocks or kept or slashes else BUDGETS
 
 
 WITH_BLOCKS = offered(blocks=True)
@@ -71,6 +79,9 @@ WITH_BLOCKS = offered(blocks=True)
 
 WITH_KEPT = offered(kept=True)
 """Keys that score heads keep beside columns; ``calibrate_gates`` needs their card then."""
+
+WITH_SLASHES = offered(slashes=True)
+"""Diagonals beside columns."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +109,8 @@ class GatedSettings:
         lessons: query blocks of a document that a step learns from.
         teacher: what a block is worth: its attention ("mass"), or what losing it does to the
             output of a head ("effect").
-        soft, strength: of the policy; columns alone can be soft, so budgets must have no blocks.
-            The card's ``kl_hard`` is then the divergence of the same gates without.
+        soft, strength: of the policy; columns alone can be soft, so budgets must have no blocks and
+            no diagonals. The card's ``kl_hard`` is then the divergence of the same gates without.
         decode: under what ``decode`` of the policy answers are judged, where the calibration is
             told what is answer (``decoded`` of :func:`dynmask.budgets.calibrate_gates`). What a
             card is used with, that it should be judged with: under "full" an answer costs nothing
@@ -157,7 +168,7 @@ class GatedSettings:
         if type(self.least) not in (int, float):
             raise bad("settings.least", "a share", repr(self.least)[:40])
         for budget in budgets:
-            sizes = (budget.window, budget.columns, budget.blocks, budget.kept)
+            sizes = (size for name, size in asdict(budget).items() if name != "share")
             if any(type(size) is not int for size in sizes):
                 raise bad("settings.budgets", "whole numbers of keys", repr(budget)[:80])
         self._check_encoder()
@@ -176,9 +187,10 @@ class GatedSettings:
             raise bad("settings.soft", "True or False", repr(self.soft))
         if type(self.strength) not in (int, float) or not abs(self.strength) < 1e300:
             raise bad("settings.strength", "a finite number", repr(self.strength))
-        if self.soft and any(budget.blocks for budget in self.budgets):
+        if self.soft and any(budget.blocks or budget.slashes for budget in self.budgets):
             raise bad(
-                "settings.soft", "budgets without blocks, which have no bias", "some with",
+                "settings.soft", "budgets without blocks and diagonals, which have no bias",
+                "some with",
                 "Pass budgets=dynmask.budgets.BUDGETS, or leave soft out.",
             )  # fmt: skip
 

@@ -35,10 +35,11 @@ model stays as it is. They tell which keys later queries will look for, so that
 
 With --policy gated every attention map (layer x head) gets the smallest budget whose
 effect on the model's own predictions is within its share of --max-kl: --policy
-gated:FOLDER reads sinks, a window and the columns that the newest queries look at, or
-blocks that each part of the text chooses for itself, or what the score heads of a
-retained card keep (--scores). While it runs, a guard looks whether each map keeps as
-much attention as it did here, and widens those that do not.
+gated:FOLDER reads sinks, a window and the columns that the newest queries look at,
+diagonals beside them (--slashes), or blocks that each part of the text chooses for
+itself (--blocks), or what the score heads of a retained card keep (--scores). While it
+runs, a guard looks whether each map keeps as much attention as it did here, and widens
+those that do not.
 """
 EPILOG = """\
 examples:
@@ -48,6 +49,7 @@ examples:
   dynmask calibrate --model MODEL --policy retained --text long/ --minutes 3 --out kept-card
   dynmask calibrate --model MODEL --policy gated --text long/ --max-kl 0.02 --out gated-card
   dynmask calibrate --model MODEL --policy gated --text long/ --encoder --out gated-card
+  dynmask calibrate --model MODEL --policy gated --text long/ --slashes --out gated-card
   dynmask calibrate --model MODEL --policy gated --text long/ --scores kept-card --out gated-card
 
 Documents that are shorter than --length tokens are joined with the next ones of the
@@ -62,6 +64,7 @@ OPTIONS = {
     "gated": (
         "max_kl", "density", "judged", "decoded", "lengths", "sinks", "checkpoint", "guard",
         "encoder", "rank", "teacher", "steps", "soft", "strength", "blocks", "scores", "decode",
+        "slashes",
     ),
 }  # fmt: skip
 """Which options say something about which policy."""
@@ -197,6 +200,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "records where columns did not (docs/findings.md); --encoder implies it",
     )
     gated.add_argument(
+        "--slashes",
+        action="store_true",
+        help="also offer diagonals beside columns: keys at the same distance from every query, for "
+        "maps that repeat a pattern",
+    )
+    gated.add_argument(
         "--scores",
         metavar="CARD",
         help="a retained card of this model: also offer maps that evict by its score heads; their "
@@ -225,7 +234,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--soft",
         action="store_true",
         help="add a bias to the logits of chosen columns, the lower the less they are looked at; "
-        "the card says what it changes. No map chooses blocks then",
+        "the card says what it changes. No map chooses blocks or diagonals then",
     )
     gated.add_argument(
         "--strength", type=float, default=1.0, help="factor of the bias of --soft (1)"
@@ -325,7 +334,11 @@ def _gated(arguments: argparse.Namespace, folder: Path) -> int:
         **{name: getattr(arguments, name) for name in names},
         late=1.0 if arguments.decoded else GatedSettings.late,
         steps=arguments.steps or GatedSettings.steps,
-        budgets=offered(arguments.blocks or arguments.encoder, arguments.scores is not None),
+        budgets=offered(
+            arguments.blocks or arguments.encoder,
+            arguments.scores is not None,
+            arguments.slashes,
+        ),
     )
     wanted = sorted(set(arguments.lengths))
     if arguments.decoded and wanted[0] <= arguments.judged:

@@ -166,18 +166,19 @@ def _gates(card: Any) -> list[str]:
         f"divergence  {header['kl']:.4g} nats, {header['trials']} trials{judged_of(header)}",
         "",
         f"gates of heads 0 to {tensors['window'].shape[1] - 1}: window + columns, window + blocks "
-        f"x {block}, or window + keys kept by score (s); a share of the input comes on top",
+        f"x {block}, or window + keys kept by score (s); diagonals (d) beside columns and a "
+        "share of the input come on top",
     ]
     for layer, windows in enumerate(tensors["window"].tolist()):
         cells = []
         for head, window in enumerate(windows):
-            columns, blocks, kept = (
+            columns, blocks, kept, slashes = (
                 int(tensors[name][layer, head]) if name in tensors else 0
-                for name in ("columns", "blocks", "kept")
+                for name in ("columns", "blocks", "kept", "slashes")
             )
             share = float(tensors["share"][layer, head])
             chosen = f"{blocks}x{block}" if blocks else f"{kept}s" if kept else f"{columns}"
-            text = f"{window}+{chosen}"
+            text = f"{window}+{chosen}" + (f"+{slashes}d" if slashes else "")
             dense = window == 2**31 - 1
             cells.append("dense" if dense else text + (f"+{share:.0%}" if share else ""))
         lines.append(f"{layer:>5}  " + "  ".join(f"{cell:>11}" for cell in cells))

@@ -75,8 +75,8 @@ class LayerPlan:
         freed_queries, whole_queries, hosted_queries: their query heads.
         whole_policy, hosted_policy: asked about the query heads of ``whole`` and ``hosted``.
         keeps: what a call of many tokens chose is read by those of one token that follow.
-        anew: whether some map of ``whole`` chooses blocks, or keeps by score: then these kv heads,
-            which keep all keys, choose for every token.
+        anew: whether some map of the layer chooses blocks or diagonals, or one of ``whole`` keeps
+            by score: then the kv heads of ``whole``, which keep all keys, choose for every token.
     """
 
     index: int
@@ -142,7 +142,7 @@ class LayerPlan:
             whole_policy=whole_policy,
             hosted_policy=asked.of_heads(hosted_queries.numbers, layer=index),
             keeps=policy.decode == "keep",
-            anew=any(policy.chooses_blocks(index, heads)) or whole_policy.keeps(index),
+            anew=any(policy.chooses_anew(index, heads)) or whole_policy.keeps(index),
         )
 
     def __deepcopy__(self, memo: Any) -> LayerPlan:

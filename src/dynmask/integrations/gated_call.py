@@ -424,7 +424,7 @@ class GatedCall:
 
 def _chosen(mask: Mask, heads: Heads, windows: Tensor, own: Tensor) -> Tensor:
     """Ends of keys as the policy answered: int64 [b or 1, h, keys]; ``own`` by windows alone."""
-    if isinstance(mask, MixedMask):  # maps that choose blocks are not asked about
+    if isinstance(mask, MixedMask):  # maps that choose anew are not asked about
         mask = mask.parts[0]
     if not isinstance(mask, LifetimeMask):
         raise bad(

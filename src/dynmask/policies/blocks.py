@@ -102,7 +102,7 @@ class BlockChoice:
         members, keys, size = query.shape[1] // key.shape[1], key.shape[2], self.block
         width = -(-keys // size)
         blocks = (keys - 1) // size - (keys - query.shape[2]) // size + 1
-        for own, groups in _alike(heads, members, 1 if pools is None else len(heads)):
+        for own, groups in head_runs(heads, members, 1 if pools is None else len(heads)):
             some = heads[own]
             summary = None if pools is None else pools(groups)
             if summary is None:
@@ -122,7 +122,7 @@ class BlockChoice:
         )
 
 
-def _alike(heads: list[int], members: int, most: int) -> Iterator[tuple[slice, slice]]:
+def head_runs(heads: list[int], members: int, most: int) -> Iterator[tuple[slice, slice]]:
     """Runs of ``heads`` whose kv heads lie side by side and have equally many of them each.
 
     Args:

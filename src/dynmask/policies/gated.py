@@ -22,6 +22,7 @@ from .gates import Gates
 from .guard import GUARD_ROWS, guarded, widened
 from .kept import sampled_rows
 from .scoring import ScoreModules
+from .slashes import slash_mask
 
 KEPT_POOL = 15
 """Neighbours that are kept together, at least: seven on either side, an answer of some tokens."""
@@ -59,8 +60,8 @@ def _run(numbers: list[int]) -> slice | list[int]:
 @dataclass(frozen=True)
 class Gated:
     """Sinks, a window, and the columns that the newest queries look at, each as wide as the gate
-    of the map allows; or, where a gate says so, blocks that each query block chooses for itself,
-    or the keys that a learned score keeps.
+    of the map allows; or, where a gate says so, diagonals beside columns, blocks that each query
+    block chooses for itself, or the keys that a learned score keeps.
 
     A key's worth is the largest probability it gets from one of the last queries of a call (the
     question, in a prompt; the query itself where decoded tokens choose). The most worthy keys
@@ -68,6 +69,9 @@ class Gated:
     their window get none, for a key below ``least`` is not worth reading (the zero-shot gate). With
     ``gates``, window and columns differ from map to map: ``dynmask calibrate`` chooses them
     by what they cost the model's output.
+
+    Maps with ``slashes`` read diagonals besides, keys at the same distance from every query: those
+    that get the largest share of the last queries' attention (vertical-slash, arXiv 2407.02490).
 
     Where what is asked for changes along the input, the newest queries cannot choose for all.
     Maps with ``blocks`` read sinks and window in whole blocks, and those key blocks that pools of
@@ -91,7 +95,8 @@ class Gated:
         blocks: key blocks that each query block chooses, without gates; needs ``columns=0``.
         block: positions in a block, of queries and of keys.
         query_pool, key_pool: positions in a pool; they divide ``block``.
-        gates: numbers for each map; they replace window, columns, share and blocks.
+        slashes: diagonals beyond the window that a map chooses, without gates; not beside blocks.
+        gates: numbers for each map; they replace window, columns, share, blocks and slashes.
         scores: for each layer the module that scores its keys, a ``dynmask.nn.PairScore``, or None
             where no map keeps by score; None for no layer.
         encoders: what was trained to score blocks, for each layer or None; the estimate from
@@ -99,7 +104,8 @@ class Gated:
         soft: add to the logits of a map's columns the logarithm of their worth over that of its
             best column: nothing for that one, the less worthy the more is taken away. What is no
             column has no bias. A column has it for every query, for those too that had it in
-            their window. Not for maps that choose blocks: the kernels know no bias of blocks.
+            their window. Not for maps that choose blocks, for the kernels know no bias of blocks,
+            and not for maps that choose diagonals, which read a column's key for another reason.
         strength: factor of that bias, 0 or more.
         guard: how far the attention that a map keeps may fall short of its promise before the map
             is widened for the call (:mod:`dynmask.policies.guard`); None never looks.
@@ -111,10 +117,10 @@ class Gated:
             query, and may lose what the prompt's 256 found. "select" chooses columns anew from all
             keys for every token. "keep" leaves those that the prompt's last queries chose, so that
             a ``dynmask.GatedCache``, which it needs, can drop the other keys. Under both, blocks
-            are chosen anew, and maps that keep by score go on evicting, with the lifetimes that the
-            whole text would have in a prompt. As what follows a key that is found is asked for
-            later, the choice of "keep" takes its neighbours along: ``pool`` is at least
-            ``KEPT_POOL``.
+            and diagonals are chosen anew, and maps that keep by score go on evicting, with the
+            lifetimes that the whole text would have in a prompt. As what follows a key that is
+            found is asked for later, the choice of "keep" takes its neighbours along: ``pool`` is
+            at least ``KEPT_POOL``.
         dense_up_to: inputs of so many keys are read whole, for choosing among few costs a GPU
             more than it saves (``docs/generator.md``). No cache drops keys then.
         card: the MaskCard that the gates come from; other models than its own are refused.
@@ -131,6 +137,7 @@ class Gated:
     block: int = 64
     query_pool: int = 8
     key_pool: int = 8
+    slashes: int = 0
     gates: Gates | None = field(default=None, compare=False)
     scores: tuple[nn.Module | None, ...] | None = field(default=None, compare=False, repr=False)
     guard: float | None = None
@@ -170,8 +177,9 @@ class Gated:
                 )
 
     def _check_blocks(self) -> None:
-        """Raise ValueError for sizes that are none, and for columns beside blocks."""
-        for name, least in (("blocks", 0), ("block", 1), ("query_pool", 1), ("key_pool", 1)):
+        """Raise ValueError for sizes that are none, and for columns or slashes beside blocks."""
+        sizes = {"blocks": 0, "block": 1, "query_pool": 1, "key_pool": 1, "slashes": 0}
+        for name, least in sizes.items():
             value = getattr(self, name)
             check_field(self.name, name, value, value >= least, f">= {least}")
         for name in ("query_pool", "key_pool"):
@@ -181,6 +189,11 @@ class Gated:
             raise bad(
                 "gated", "columns or blocks", f"columns={self.columns} and blocks={self.blocks}",
                 "Pass columns=0 beside blocks.",
+            )  # fmt: skip
+        if self.gates is None and self.blocks and self.slashes:
+            raise bad(
+                "gated", "slashes or blocks", f"slashes={self.slashes} and blocks={self.blocks}",
+                "Leave one of the two out.",
             )  # fmt: skip
 
     def _check_kinds(self) -> None:
@@ -199,6 +212,11 @@ class Gated:
                 "gated: soft", "maps that choose columns", "maps that choose blocks",
                 "Only columns have a bias: leave soft out, or calibrate with "
                 "budgets=dynmask.budgets.BUDGETS.",
+            )  # fmt: skip
+        if self.slashed and self.soft:
+            raise bad(
+                "gated: soft", "maps that read windows and columns", "maps that choose diagonals",
+                "Leave soft or the slashes out.",
             )  # fmt: skip
         if self.soft and self.decode == "keep":
             raise bad(
@@ -265,7 +283,7 @@ class Gated:
         return sorted({*guards, *last_rows(queries, self.last)})
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Mask:
-        """What each head reads: lifetimes, key blocks, or some heads the one, some the other."""
+        """What each head reads: lifetimes, blocks or diagonals, or some heads this, some that."""
         return self.biased(query, key, value, layer)[0]
 
     def biased(
@@ -294,10 +312,13 @@ class Gated:
 
     @property
     def grid(self) -> int:
-        """0 where the call decides: columns by its last queries, a share by its keys, the guard."""
-        tables = (self.columns, self.share)
+        """0 where the call decides: columns and diagonals by its last queries, a share by its keys,
+        the guard.
+        """
+        tables = (self.columns, self.share, self.slashes)
         if self.gates is not None:
-            tables = (int(self.gates.columns.max()), float(self.gates.share.max()))
+            names = ("columns", "share", "slashes")
+            tables = tuple(getattr(self.gates, name).max().item() for name in names)
         alone = self.guard is None and self.dense_up_to == 0
         return self.block if alone and not any(tables) else 0
 
@@ -312,17 +333,29 @@ class Gated:
         return [self.window] * heads if self.gates is None else self.gates.window[layer].tolist()
 
     def chooses(self, layer: int, heads: int) -> list[bool]:
-        """Which query heads of a layer choose columns or blocks, or keep by score."""
+        """Which query heads of a layer choose columns, blocks or diagonals, or keep by score."""
         if self.gates is None:
-            return [self.columns > 0 or self.share > 0 or self.blocks > 0] * heads
-        tables = (self.gates.columns, self.gates.share, self.gates.blocks, self.gates.kept)
-        return torch.stack([table[layer] > 0 for table in tables]).any(0).tolist()
+            return [any((self.columns, self.share, self.blocks, self.slashes))] * heads
+        names = (item.name for item in fields(self.gates) if item.name != "window")
+        tables = [getattr(self.gates, name)[layer] > 0 for name in names]
+        return torch.stack(tables).any(0).tolist()
 
     def chooses_blocks(self, layer: int, heads: int) -> list[bool]:
         """Which query heads of a layer choose blocks."""
         if self.gates is None:
             return [self.blocks > 0] * heads
         return (self.gates.blocks[layer] > 0).tolist()
+
+    def chooses_anew(self, layer: int, heads: int) -> list[bool]:
+        """Which query heads of a layer choose for each decoded token: blocks or diagonals."""
+        if self.gates is None:
+            return [self.blocks > 0 or self.slashes > 0] * heads
+        return ((self.gates.blocks[layer] > 0) | (self.gates.slashes[layer] > 0)).tolist()
+
+    @property
+    def slashed(self) -> bool:
+        """Whether some map chooses diagonals."""
+        return self.slashes > 0 if self.gates is None else bool(self.gates.slashes.any())
 
     @property
     def scored(self) -> bool:
@@ -364,7 +397,7 @@ class Gated:
         """
         free = torch.tensor(self.windows(layer, heads)) < LifetimeMask.INF
         free &= torch.tensor(self.dense_up_to == 0 and self.decode != "full")
-        anew = self.chooses_blocks if self.decode == "keep" else self.chooses
+        anew = self.chooses_anew if self.decode == "keep" else self.chooses
         free &= ~torch.tensor(anew(layer, heads))
         if self.gates is not None:
             free &= self.gates.kept[layer] == 0
@@ -462,22 +495,73 @@ class Gated:
     ) -> tuple[Mask, Tensor | None]:
         """Mask and bias of gates, or of gates so many times as wide: ``factor`` [b, h]."""
         heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
-        window, columns, blocks, kept = self._budgets(layer.index, heads, keys, factor)
+        window, columns, blocks, kept, slashes = self._budgets(layer.index, heads, keys, factor)
         if int(window.min()) >= keys:
             return LifetimeMask.causal(keys, queries, device=key.device), None
-        own = blocks.any(0).nonzero().flatten().tolist()
+        by_block, by_slash = (
+            x.any(0).nonzero().flatten().tolist() for x in (blocks, slashes * (window < keys))
+        )
+        own, sinks = sorted(by_block + by_slash), max(self.sinks - layer.first_key, 0)
         if not own:
             return self._lifetimes(query, key, scores, layer, window, columns, kept)
-        sinks = max(self.sinks - layer.first_key, 0)
-        wide = window[:, own].clamp(max=keys)
-        choice = self._choice(layer.index, key.device)
-        chosen = choice.mask(query, key, own, wide, sinks, blocks[:, own], layer.pools)
-        if len(own) == heads:
-            return chosen, None
-        window = window.clone()
-        window[:, own] = 0  # the other part reads for them
-        others, bias = self._lifetimes(query, key, scores, layer, window, columns, kept)
-        return MixedMask((others, chosen), tuple(int(head in own) for head in range(heads))), bias
+        bias, picked = None, None
+        parts: list[tuple[Mask, list[int]]] = []
+        if by_block:
+            wide = window[:, by_block].clamp(max=keys)
+            choice = self._choice(layer.index, key.device)
+            own_blocks = blocks[:, by_block]
+            chosen = choice.mask(query, key, by_block, wide, sinks, own_blocks, layer.pools)
+            parts.append((chosen, by_block))
+        if by_slash:
+            if most := int(columns.max()):  # once for both kinds that have columns
+                width = window.to(key.device, non_blocking=True)[..., None]
+                picked = self._columns(query, key, width, layer.first_key, most)
+            wide, some = window[:, by_slash], slashes[:, by_slash]
+            verticals = self._verticals(key, by_slash, columns, sinks, picked)
+            lines = slash_mask(query, key, by_slash, wide, some, verticals, self.last)
+            parts.append((lines, by_slash))
+        if len(own) < heads:
+            window, columns = window.clone(), columns.clone()
+            window[:, own], columns[:, own] = 0, 0  # the other parts read for them
+            rest = window, columns, kept, picked
+            others, bias = self._lifetimes(query, key, scores, layer, *rest)
+            parts.insert(0, (others, [head for head in range(heads) if head not in own]))
+        if len(parts) == 1:
+            return parts[0][0], bias
+        of = [next(i for i, (_, some) in enumerate(parts) if h in some) for h in range(heads)]
+        return MixedMask(tuple(part for part, _ in parts), tuple(of)), bias
+
+    def _verticals(
+        self,
+        key: Tensor,
+        heads: list[int],
+        columns: Tensor,
+        sinks: int,
+        picked: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Sinks and columns of some heads as lists [b or 1, n, any]; keys are no more than there
+        are.
+
+        Args:
+            key: [b, g, keys, d].
+            heads: n of the query heads.
+            columns: most columns of all heads, [b or 1, h], on the host.
+            sinks: first keys of the tensor that are always read.
+            picked: what :meth:`_columns` found for all heads; None where no head has any.
+        """
+        keys = key.shape[2]
+        lists = torch.arange(min(sinks, keys), device=key.device).expand(1, len(heads), -1)
+        if picked is None:
+            return lists
+        chosen, worth = (x[:, heads] for x in picked)
+        chosen = chosen.masked_fill(~self._worthy(columns[:, heads], worth), keys)
+        return torch.cat([lists.expand(len(chosen), -1, -1), chosen], -1)
+
+    def _worthy(self, columns: Tensor, worth: Tensor) -> Tensor:
+        """Which of the keys of the largest worth, best first [b, h, most], are columns: bool."""
+        limit = columns.to(worth.device, non_blocking=True)[..., None]
+        keep = (torch.arange(worth.shape[-1], device=worth.device) < limit) & (worth >= self.least)
+        return keep & (worth > 0)  # sinks and what is in the window are no columns
 
     def _choice(self, layer: int, device: torch.device) -> BlockChoice:
         """How the maps of a layer that choose blocks do it."""
@@ -495,10 +579,12 @@ class Gated:
         window: Tensor,
         columns: Tensor,
         kept: Tensor,
+        picked: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[LifetimeMask, Tensor | None]:
         """Window, sinks, columns and kept keys as deaths [b, h, keys], and the bias of columns.
 
-        Maps without a window read nothing.
+        Maps without a window read nothing. ``picked`` is what :meth:`_columns` found, where it was
+        asked already.
         """
         batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
         if bool((kept > 0).all()):  # one lifetime for each kv head, where its group is alike
@@ -514,10 +600,10 @@ class Gated:
         most = int(columns.max())
         if most:
             death = death.clone()  # every batch row has columns of its own
-            chosen, worth = self._columns(query, key, width, layer.first_key, most)
-            limit = columns.to(key.device, non_blocking=True)[..., None]
-            keep = (torch.arange(most, device=key.device) < limit) & (worth >= self.least)
-            keep &= worth > 0  # sinks and what is in the window are no columns
+            if picked is None:
+                picked = self._columns(query, key, width, layer.first_key, most)
+            chosen, worth = picked
+            keep = self._worthy(columns, worth)
             old = death.gather(-1, chosen)
             death.scatter_(-1, chosen, old.masked_fill(keep, LifetimeMask.INF))
             if self.soft:
@@ -560,25 +646,29 @@ class Gated:
 
     def _budgets(
         self, layer: int, heads: int, keys: int, factor: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Window, columns, blocks and kept of each head, on the host: int64 [b or 1, h] each."""
+    ) -> tuple[Tensor, ...]:
+        """Window, columns, blocks, kept and slashes of each head, on the host: int64 [b or 1, h]
+        each.
+        """
         number = -(-keys // self.block)
         if self.gates is not None:
-            window, columns, blocks, kept = self.gates.of(layer, keys, self.block)
+            window, columns, blocks, kept, slashes = self.gates.of(layer, keys, self.block)
         else:
             window = torch.full((heads,), self.window)
             columns, blocks, kept = (torch.zeros_like(window) for _ in range(3))
+            slashes = torch.full_like(window, min(self.slashes, keys))
             if self.blocks:
                 blocks += min(int(self.blocks + self.share * number), number)
             else:
                 columns += min(int(self.columns + self.share * keys), keys)
         whole = (blocks > 0) & (window + blocks * self.block >= keys)
         whole |= (kept > 0) & (self.sinks + window + kept >= keys)
+        whole |= (slashes > 0) & (window + slashes >= keys)
         window = window.masked_fill(whole, LifetimeMask.INF)
-        blocks, kept = (x.masked_fill(whole, 0) for x in (blocks, kept))
+        tables = [x.masked_fill(whole, 0) for x in (columns, blocks, kept, slashes)]
         if factor is not None:
-            return widened(factor, keys, number, window, columns, blocks, kept)
-        return window[None], columns[None], blocks[None], kept[None]
+            return widened(factor, keys, number, window, *tables)
+        return tuple(x[None] for x in (window, *tables))
 
     def _columns(
         self, query: Tensor, key: Tensor, width: Tensor, first_key: int, most: int

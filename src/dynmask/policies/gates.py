@@ -25,6 +25,8 @@ class Gates:
             window, in place of columns; 0 in all maps when None. A key that leaves the window must
             be among the best so far, and what is not is never read again: the memory of such a map
             is bounded, so that no share of the input comes on top.
+        slashes: int32, diagonals beyond the window that are chosen from the input, alone or beside
+            columns; 0 in all maps when None. They do not grow with the input.
     """
 
     window: Tensor
@@ -32,9 +34,10 @@ class Gates:
     share: Tensor
     blocks: Tensor = None  # type: ignore[assignment]
     kept: Tensor = None  # type: ignore[assignment]
+    slashes: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        for name in ("blocks", "kept"):
+        for name in ("blocks", "kept", "slashes"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, torch.zeros_like(self.columns))
         for item in fields(self):
@@ -57,15 +60,15 @@ class Gates:
             raise ValueError(
                 f"gates.share: expected shares of at most 1, received {self.share.max().item()}"
             )
-        kinds = ("columns", "blocks", "kept")
-        several = torch.stack([getattr(self, name) > 0 for name in kinds]).sum(0) > 1
-        if bool(several.any()):
-            layer, head = several.nonzero()[0].tolist()
-            own = [name for name in kinds if getattr(self, name)[layer, head] > 0]
-            raise ValueError(
-                f"gates: expected columns, blocks or kept of a map, received "
-                f"{' and '.join(own)} for layer {layer}, head {head}"
-            )
+        for kinds in (("columns", "blocks", "kept"), ("slashes", "blocks", "kept")):
+            several = torch.stack([getattr(self, name) > 0 for name in kinds]).sum(0) > 1
+            if bool(several.any()):
+                layer, head = several.nonzero()[0].tolist()
+                own = [name for name in kinds if getattr(self, name)[layer, head] > 0]
+                raise ValueError(
+                    f"gates: expected {', '.join(kinds[:2])} or kept of a map, received "
+                    f"{' and '.join(own)} for layer {layer}, head {head}"
+                )
         if bool(((self.kept > 0) & (self.share > 0)).any()):
             raise ValueError(
                 "gates: expected no share of maps that keep by score, received some; their memory "
@@ -91,9 +94,10 @@ class Gates:
         share: float = 0.0,
         blocks: int = 0,
         kept: int = 0,
+        slashes: int = 0,
     ) -> Gates:
         """The same gates, but these numbers where ``maps`` (bool [layers, heads]) is True."""
-        numbers = (window, columns, share, blocks, kept)
+        numbers = (window, columns, share, blocks, kept, slashes)
         tables = (getattr(self, item.name) for item in fields(self))
         return Gates(
             *(
@@ -102,10 +106,11 @@ class Gates:
             )
         )
 
-    def of(self, layer: int, keys: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Window, columns, blocks and kept of a layer's heads, of so many keys: int64 [h] each.
+    def of(self, layer: int, keys: int, block: int) -> tuple[Tensor, ...]:
+        """Window, columns, blocks, kept and slashes of a layer's heads: int64 [h] each.
 
-        ``block`` is the size of a block; but for the window all are at most what there is.
+        Of so many keys; ``block`` is the size of a block. But for the window all are at most what
+        there is.
         """
         share, chooses = self.share[layer].double(), self.blocks[layer] > 0
         wide = (share * keys + self.columns[layer]).long().clamp(max=keys)
@@ -116,4 +121,5 @@ class Gates:
             wide.masked_fill(chooses, 0),
             many.masked_fill(~chooses, 0),
             self.kept[layer].long().clamp(max=keys),
+            self.slashes[layer].long().clamp(max=keys),
         )

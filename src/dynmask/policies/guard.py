@@ -39,18 +39,19 @@ def widened(
     columns: Tensor,
     blocks: Tensor,
     kept: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Window, columns, blocks and kept of maps [h] that get so many times as wide: [b, h] each.
+    slashes: Tensor,
+) -> tuple[Tensor, ...]:
+    """Window, columns, blocks, kept and slashes of maps [h], so many times as wide: [b, h] each.
 
-    A window alone may miss what lies far away, however wide: columns come with it. A map that
-    chooses blocks stays one, and is dense when it chooses all of them; one that keeps by score
-    stays one until it is dense.
+    A window alone may miss what lies far away, however wide: columns come with it, beside diagonals
+    too. A map that chooses blocks stays one, and is dense when it chooses all of them; one that
+    keeps by score stays one until it is dense.
 
     Args:
         factor: [b, h].
         keys, number: of the input, and of its blocks.
-        window, columns, blocks, kept: int64 [h], blocks and kept above 0 only for maps that choose
-            by them.
+        window, columns, blocks, kept, slashes: int64 [h], blocks, kept and slashes above 0 only
+            for maps that choose by them.
     """
     times, picks, scored = factor.clamp(min=1), blocks > 0, kept > 0
     wide, many = (window * times).clamp(max=LifetimeMask.INF), (blocks * times).clamp(max=number)
@@ -59,7 +60,7 @@ def widened(
     wide = torch.where(dense & ~picks, LifetimeMask.INF, wide)
     more = (torch.maximum(columns, window.clamp(max=keys)) * times).clamp(max=keys)
     more = torch.where((times > 1) & ~picks & ~scored, more, columns.expand_as(times))
-    return wide, more, many, (kept * times).clamp(max=keys)
+    return wide, more, many, *((x * times).clamp(max=keys) for x in (kept, slashes))
 
 
 def guarded(

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from ..masks import StructuralMask
-from ..masks.base import repeat_heads
 from .base import AnyModel, Layer, check_field, last_rows
-from .weights import WEIGHTS_AT_A_TIME, diagonal_sums, future
+from .weights import line_sums
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class VerticalSlash(AnyModel):
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> StructuralMask:
         """Columns and diagonals from the softmax of the last queries."""
         keys, last = key.shape[2], min(self.last, query.shape[2])
-        columns, diagonals = _sums(query[:, :, -last:], key)
+        columns, diagonals = line_sums(query[:, :, -last:], key)
         columns[..., : max(self.sinks - layer.first_key, 0)] = float("inf")
         diagonals[..., : self.window] = float("inf")
         return StructuralMask(
@@ -63,31 +61,6 @@ class VerticalSlash(AnyModel):
             queries=query.shape[2],
             checked=True,
         )
-
-
-def _sums(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of the last queries, summed over columns and diagonals: float32 [b, h, keys] each.
-
-    A few heads at a time: the weights of all would be gigabytes where keys are a million.
-    """
-    (batch, heads, rows, _), (groups, keys) = query.shape, key.shape[1:3]
-    members = heads // groups
-    columns = query.new_empty(batch, heads, keys, dtype=torch.float32)
-    diagonals = torch.empty_like(columns)
-    step = max(WEIGHTS_AT_A_TIME // (batch * members * rows * keys), 1)
-    for first in range(0, groups, step):
-        own = slice(first * members, (first + step) * members)
-        weights = _last_rows(query[:, own], key[:, first : first + step])
-        columns[:, own], diagonals[:, own] = weights.sum(-2), diagonal_sums(weights)
-    return columns, diagonals
-
-
-def _last_rows(query: Tensor, key: Tensor) -> Tensor:
-    """Causal softmax of the last queries: float32 [b, h, rows, keys]."""
-    rows, keys = query.shape[2], key.shape[2]
-    key = repeat_heads(key, query.shape[1])
-    logits = (query @ key.mT).float() * query.shape[-1] ** -0.5
-    return logits.masked_fill(future(rows, keys, query.device), float("-inf")).softmax(-1)
 
 
 def _best(score: Tensor, n: int) -> Tensor:

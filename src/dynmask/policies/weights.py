@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..masks.base import repeat_heads
+
 WEIGHTS_AT_A_TIME = 2**25
 """Attention weights that a policy holds at a time, so that none needs N x N memory."""
 
@@ -53,6 +55,34 @@ def diagonal_sums(weights: Tensor) -> Tensor:
     line = torch.nn.functional.pad(weights.flip(-1), (0, rows)).flatten(-2)
     skewed = line[..., : rows * (keys + rows - 1)].unflatten(-1, (rows, -1))
     return skewed.sum(-2)[..., rows - 1 :]
+
+
+def line_sums(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of the last queries, summed over columns and diagonals: float32 [b, h, keys] each.
+
+    A few heads or rows at a time: the weights of all would be gigabytes where keys are a million.
+    """
+    (batch, heads, rows, _), (groups, keys) = query.shape, key.shape[1:3]
+    members = heads // groups
+    columns = query.new_zeros(batch, heads, keys, dtype=torch.float32)
+    diagonals = torch.zeros_like(columns)
+    step = max(WEIGHTS_AT_A_TIME // (batch * members * rows * keys), 1)
+    for first in range(0, groups, step):
+        own = slice(first * members, (first + step) * members)
+        for start, stop in row_ranges(rows, batch * members * step * keys):
+            seen = keys - rows + stop
+            weights = _last_rows(query[:, own, start:stop], key[:, first : first + step, :seen])
+            columns[:, own, :seen] += weights.sum(-2)
+            diagonals[:, own, :seen] += diagonal_sums(weights)
+    return columns, diagonals
+
+
+def _last_rows(query: Tensor, key: Tensor) -> Tensor:
+    """Causal softmax of the last queries: float32 [b, h, rows, keys]."""
+    rows, keys = query.shape[2], key.shape[2]
+    key = repeat_heads(key, query.shape[1])
+    logits = (query @ key.mT).float() * query.shape[-1] ** -0.5
+    return logits.masked_fill(future(rows, keys, query.device), float("-inf")).softmax(-1)
 
 
 def block_sums(x: Tensor, block: int) -> Tensor:

@@ -46,6 +46,12 @@ def check_policy(policy: Any, config: Any, card_model: dict[str, Any] | None = N
             "'keep'",
             "Leave decode=keep out.",
         )  # fmt: skip
+    if isinstance(policy, Gated) and policy.slashed:
+        raise bad(
+            "gated: slashes", "maps without diagonals under vLLM, where they were never tried",
+            "some with",
+            "Calibrate without --slashes, or run the model under dynmask.sparsify.",
+        )  # fmt: skip
     if isinstance(policy, SnapKV):
         raise bad(
             "snapkv", "a policy that serves several sequences at a time", "one that remembers one",
