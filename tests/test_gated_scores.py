@@ -268,6 +268,8 @@ def _unfit(name):
         (lambda h, t: h.update(scores=[1]), "a JSON object 'scores'"),
         (lambda h, t: h["scores"].update(head="value"), "scores.head 'pair', received value"),
         (lambda h, t: h["scores"].update(head=["pair"]), "scores.head 'pair'"),
+        (lambda h, t: h.pop("trials"), "a number of trials, received None"),  # which all have
+        (lambda h, t: h.update(trials=1.5), "a number of trials, received 1.5"),
         (lambda h, t: h["scores"].update(hidden=0), "scores.hidden from 1"),
         (lambda h, t: h["scores"].update(hidden=2**40), "scores.hidden from 1"),
         (lambda h, t: h["scores"].update(hidden=True), "scores.hidden from 1"),

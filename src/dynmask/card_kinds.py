@@ -253,6 +253,8 @@ class GatedTensors:
             kl = header.get(name, 0 if name == "kl_hard" else None)
             number = isinstance(kl, int | float) and not isinstance(kl, bool)
             require(number and 0 <= kl < math.inf, f"{name} of at least 0", str(kl)[:80])  # type: ignore[operator]
+        trials = header.get("trials")
+        require(is_int(trials, 0), "a number of trials", str(trials)[:80])
         for name in ("judged", "decoded"):  # cards of a time before these say nothing
             count = header.get(name, 0)
             require(is_int(count, 0), f"a number of tokens in {name}", str(count)[:80])
