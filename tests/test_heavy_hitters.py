@@ -204,6 +204,15 @@ def test_a_prompt_may_be_cut_anywhere():
             )
             torch.testing.assert_close(got, logits, **CLOSE)
     assert prefill.exact_in_chunks(SMALL, 24, 5) and not prefill.exact_in_chunks(SMALL, 5, 2)
+    assert not prefill.exact_in_chunks(SMALL, 24, 1)  # decoded, token by token
+    with sparsify(tiny_llama(), SMALL) as run:
+        found = []
+        for size in (1, 24):
+            cache = prefill.cache_for(run, 24)
+            for part in ids.split(size, 1):
+                run.model(part, past_key_values=cache)
+            found.append(cache.layers[0].store.positions)
+        assert not torch.equal(*(held.sort(-1)[0] for held in found))
     assert prefill.default_chunk(SMALL, 9000) == prefill.BOUNDED_CHUNK
 
 

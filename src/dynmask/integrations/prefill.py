@@ -60,12 +60,14 @@ def chunk_size(policy: Any, tokens: int, chunk: int) -> int:
 def exact_in_chunks(policy: Any, tokens: int, chunk: int) -> bool:
     """Whether a prompt of so many tokens, in chunks, is read as the whole prompt would be.
 
-    The cache is that of :func:`cache_for`, which carries what H2O goes on with. A last chunk of one
-    token is taken for a decoded one, about which some policies are not asked, or by another rule.
+    The cache is that of :func:`cache_for`, which carries what H2O goes on with. A chunk of one
+    token after others is taken for a decoded one, about which some policies are not asked, or by
+    another rule.
     """
     grid, size = grid_of(policy), chunk_size(policy, tokens, chunk)
     grid = 1 if isinstance(policy, H2O) else grid
-    if policy is not None and for_prompts_alone(policy) and tokens > size and tokens % size == 1:
+    single = tokens > size and (size == 1 or tokens % size == 1)
+    if policy is not None and for_prompts_alone(policy) and single:
         return False
     return grid > 0 and size % grid == 0
 
