@@ -178,7 +178,8 @@ def main(argv: list[str] | None = None) -> None:
         if row["same"] < row["n"] and cpu:
             apart.append(name)
     if apart:
-        sys.exit(f"expected the answers of transformers, received others under {', '.join(apart)}")
+        sys.exit(f"expected the answers of transformers, received others or none under "
+                 f"{', '.join(apart)}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -217,6 +217,14 @@ def test_which_kv_heads_live_by_their_scores():
     assert policy.reads_blocks(0, 8, 4) == [False] * 4 and all(policy.chooses(0, 8)[:4])
 
 
+def test_a_call_without_scores_says_so():
+    window = torch.tensor([[3, 3]], dtype=torch.int32)
+    gates = Gates(window, 0 * window, torch.zeros(1, 2), kept=window)
+    x = torch.randn(1, 2, 9, 8)
+    with pytest.raises(ValueError, match="expected a score module for maps.*received none"):
+        Gated(gates=gates)(x, x, x, Layer(0))
+
+
 def test_what_cannot_be_is_refused():
     for more in ({"columns": [[2, 0]]}, {"blocks": [[2, 0]]}):
         with pytest.raises(ValueError, match="expected columns, blocks or kept of a map"):

@@ -239,6 +239,7 @@ def test_reset_reorder_crop_fork():
         again = model(ids[:, 20:21], past_key_values=cache).logits
         torch.testing.assert_close(again, expected[1], **CLOSE)
         fork = copy.deepcopy(cache)
+        assert fork.policy is cache.policy  # with score heads and card, which nothing changes
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(torch.tensor([3, 0]))
         swapped = model(ids[[1, 0], 21:22], past_key_values=cache).logits

@@ -176,6 +176,9 @@ class Gated:
                     "of it; use a card made by dynmask calibrate, or leave guard out"
                 )
 
+    def __deepcopy__(self, memo: Any) -> Gated:
+        return self  # nothing changes it: forks of a cache share score heads, encoders and card
+
     def _check_blocks(self) -> None:
         """Raise ValueError for sizes that are none, and for columns or slashes beside blocks."""
         sizes = {"blocks": 0, "block": 1, "query_pool": 1, "key_pool": 1, "slashes": 0}
@@ -471,6 +474,11 @@ class Gated:
             value: [b, g, n, dv].
             layer: which call of which layer; its ``unrotate`` is of these keys.
         """
+        if self.scores is None:
+            raise bad(
+                "gated: scores", "a score module for maps that keep by score", "none",
+                "Pass scores, or a card made by dynmask calibrate --policy gated --scores.",
+            )  # fmt: skip
         return self._modules.scores(key, value, layer)  # type: ignore[attr-defined]
 
     def _scores(self, key: Tensor, value: Tensor, layer: Layer) -> Tensor | None:
