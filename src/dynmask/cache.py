@@ -197,8 +197,8 @@ class KeyStore(Slots):
         spare = self.slots - past
         order = torch.cat([order[..., :sinks], order[..., sinks + spare :]], -1)
         return (
-            torch.cat([_gather(k, order), key], 2),
-            torch.cat([_gather(v, order), value], 2),
+            torch.cat([gather_keys(k, order), key], 2),
+            torch.cat([gather_keys(v, order), value], 2),
             torch.cat([s.gather(-1, order), scores], -1),
             torch.cat([p.gather(-1, order), positions], -1),
         )
@@ -219,7 +219,7 @@ class KeyStore(Slots):
         self._reserve(count)
         if count < key.shape[2] or min(widths) < count:
             order = (death < key.shape[2]).byte().argsort(stable=True, dim=-1)[..., :count]
-            key, value = _gather(key, order), _gather(value, order)
+            key, value = gather_keys(key, order), gather_keys(value, order)
             scores, positions = scores.gather(-1, order), positions.gather(-1, order)
         if min(widths) < count:
             held = torch.tensor(widths, device=key.device)[:, None]
@@ -271,8 +271,8 @@ class KeyStore(Slots):
         if retention.window == 0:  # the new key itself may be outranked by all
             stays = full[..., None] & ((worst > scores) | ~pool.any(-1, keepdim=True))
             at = slot[..., None]
-            key = torch.where(stays[..., None], _gather(self.keys, at), key)
-            value = torch.where(stays[..., None], _gather(self.values, at), value)
+            key = torch.where(stays[..., None], gather_keys(self.keys, at), key)
+            value = torch.where(stays[..., None], gather_keys(self.values, at), value)
             scores = torch.where(stays, self.scores.gather(-1, at), scores)
             own_key = torch.where(stays, self.positions.gather(-1, at), own_key)
         return slot, key, value, scores, own_key
@@ -307,7 +307,7 @@ class KeyStore(Slots):
         self.seen = [s + steps for s in self.seen]
 
 
-def _gather(x: Tensor, order: Tensor) -> Tensor:
+def gather_keys(x: Tensor, order: Tensor) -> Tensor:
     """x [b, g, k, d] at order [b, g, n] of dimension 2."""
     return x.gather(2, order[..., None].expand(*order.shape, x.shape[-1]))
 
@@ -348,4 +348,4 @@ def _check(key: Tensor, value: Tensor, scores: Tensor, batch: int, n: int) -> No
         )
 
 
-__all__ = ["KeyStore", "Live", "runs_of"]
+__all__ = ["KeyStore", "Live", "gather_keys", "runs_of"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..cache import KeyStore
+from ..errors import bad
 from ..policies.base import evicts
 from ..retention import Retention
 
@@ -247,12 +248,18 @@ class BoundedCache(OwnedCache):
         return store
 
 
-def _check_run(run: Any) -> None:
-    if run.removed:
-        raise ValueError(
-            "BoundedCache: expected a run in effect, received one that was removed; "
-            "call dynmask.sparsify again"
+def check_run(name: str, run: Any) -> None:
+    """Raise ValueError unless a cache of this name is given a run that is in effect."""
+    if not hasattr(run, "removed"):
+        raise bad(
+            name, "the run that sparsify returned", type(run).__name__, "See dynmask.sparsify."
         )
+    if run.removed:
+        raise bad(name, "a run in effect", "one that was removed", "Call dynmask.sparsify again.")
+
+
+def _check_run(run: Any) -> None:
+    check_run("BoundedCache", run)
     policy = run.policy
     if not evicts(policy) or policy.phase != "both":
         raise ValueError(
@@ -266,4 +273,4 @@ def _check_run(run: Any) -> None:
         )
 
 
-__all__ = ["BoundedCache", "BoundedLayer", "NewKeysLayer", "OwnedCache", "check_rows"]
+__all__ = ["BoundedCache", "BoundedLayer", "NewKeysLayer", "OwnedCache", "check_rows", "check_run"]

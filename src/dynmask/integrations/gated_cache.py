@@ -19,7 +19,7 @@ from ..policies import Gated
 from ..pooled_keys import PooledKeys
 from ..ragged import RaggedStore, WholeStore
 from ..retention import Retention
-from .cache import NewKeysLayer, OwnedCache, check_rows
+from .cache import NewKeysLayer, OwnedCache, check_rows, check_run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -380,11 +380,6 @@ class GatedCache(OwnedCache):
         super().__init__(layers=layers)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all layers' tensors, without those on the host."""
-        return sum(_layer_bytes(layer) for layer in self.layers)
-
-    @property
     def host_nbytes(self) -> int:
         """Bytes of all layers' tensors that were moved to the host; 0 without ``offload``."""
         stores = [x.store for x in self.layers if isinstance(x, GatedLayer)]
@@ -456,16 +451,7 @@ def _check_gains(policy: Gated, plans: list[LayerPlan], heads: int, offload: boo
 
 def _policy_of(run: Any) -> Gated:
     """The policy of a run in effect."""
-    if not hasattr(run, "removed"):
-        raise bad(
-            "GatedCache", "the run that sparsify returned", type(run).__name__,
-            "See dynmask.sparsify.",
-        )  # fmt: skip
-    if run.removed:
-        raise bad(
-            "GatedCache", "a run in effect", "one that was removed",
-            "Call dynmask.sparsify again.",
-        )  # fmt: skip
+    check_run("GatedCache", run)
     if not isinstance(run.policy, Gated):
         raise bad(
             "GatedCache",
@@ -475,14 +461,6 @@ def _policy_of(run: Any) -> Gated:
             "generate().",
         )
     return run.policy
-
-
-def _layer_bytes(layer: Any) -> int:
-    """Bytes of a layer of whatever kind."""
-    if isinstance(layer, GatedLayer):
-        return 0 if layer.store is None else layer.store.nbytes
-    held = (getattr(layer, name, None) for name in ("keys", "values"))
-    return sum(x.nbytes for x in held if isinstance(x, Tensor))
 
 
 __all__ = ["GatedCache", "GatedLayer", "Heads", "LayerPlan", "LayerStore"]

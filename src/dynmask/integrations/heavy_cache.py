@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..cache import Live, runs_of
+from ..cache import Live, gather_keys, runs_of
 from ..errors import bad
 from ..masks import LifetimeMask
 from ..policies import H2O
 from ..policies.h2o import NO_KEY
 from ..slots import EMPTY, Rows
-from .cache import NewKeysLayer, OwnedCache, check_rows
+from .cache import NewKeysLayer, OwnedCache, check_rows, check_run
 
 if TYPE_CHECKING:
     from .adapter import Adapter, Site
@@ -102,8 +102,8 @@ class HeavyHitterStore(Rows):
             k, v = keys.detach(), values.detach()
             found = self.policy.follow(query.detach(), k, where, received, seen[0], decoding)
             state = {
-                "keys": _gather(k, found.held),
-                "values": _gather(v, found.held),
+                "keys": gather_keys(k, found.held),
+                "values": gather_keys(v, found.held),
                 "positions": positions.gather(-1, found.held),
                 "received": found.received,
             }
@@ -161,11 +161,6 @@ def check_crop(tokens: int) -> None:
 def _joined(old: Tensor, new: Tensor) -> Tensor:
     """Keys or values that are held, then new ones."""
     return torch.cat([old, new], 2) if old.shape[2] else new
-
-
-def _gather(x: Tensor, at: Tensor) -> Tensor:
-    """x [b, g, k, d] at [b, g, n] of dimension 2."""
-    return x.gather(2, at[..., None].expand(*at.shape, x.shape[-1]))
 
 
 class HeavyHitterLayer(NewKeysLayer):
@@ -230,16 +225,7 @@ class HeavyHitterCache(OwnedCache):
 
 
 def _check_run(run: Any) -> None:
-    if not hasattr(run, "removed"):
-        raise bad(
-            "HeavyHitterCache", "the run that sparsify returned", type(run).__name__,
-            "See dynmask.sparsify.",
-        )  # fmt: skip
-    if run.removed:
-        raise bad(
-            "HeavyHitterCache", "a run in effect", "one that was removed",
-            "Call dynmask.sparsify again.",
-        )  # fmt: skip
+    check_run("HeavyHitterCache", run)
     if not isinstance(run.policy, H2O):
         raise bad(
             "HeavyHitterCache", "the policy h2o", run.policy.name,
