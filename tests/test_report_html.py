@@ -30,7 +30,7 @@ from dynmask.evals.reading import ABOVE, PIXELS, SCALE, _ranges, reading
 from dynmask.evals.report import Bucket, ItemResult, Report, Row, paired_difference
 from dynmask.masks import LifetimeMask
 from dynmask.nn import PairScore
-from dynmask.policies import H2O, Causal, Quest, Retained, Streaming, VerticalSlash
+from dynmask.policies import H2O, Causal, Gated, Quest, Retained, Streaming, VerticalSlash
 from tests.stand_in import stand_in_model, stand_in_tokenizer
 
 PROMPT = "The locker number of Anna is 7364. " + "Nothing else is known about lockers. " * 12
@@ -452,6 +452,14 @@ def test_phases_in_which_all_is_read_are_told():
     assert quest["kept_mass"] is None and found["answers"] == []
     text = Parsed(page([Report("t", HEADER, (row("full", "g", [1], 1.0),), reading=found)])).text
     assert "prefill of this prompt reads everything" in text and "Decoding reads everything" in text
+
+
+def test_what_decoding_reads_under_keep_is_told():
+    keep = {"gated": Gated(sinks=1, window=4, columns=3, last=4, decode="keep")}
+    found = reading(stand_in_model(), stand_in_tokenizer(), keep, PROMPT, measure_rows=0)
+    assert [one["keeps"] for one in found["policies"]] == [True]
+    text = Parsed(page([Report("t", HEADER, (row("full", "g", [1], 1.0),), reading=found)])).text
+    assert "reads what the prompt chose" in text and "Decoding reads everything" not in text
 
 
 def test_masks_of_kv_heads_are_shown_for_their_query_heads():

@@ -69,8 +69,9 @@ def reading(
         in the prompt), and ``policies``, each with ``policy``, ``density``, ``kept_mass``,
         ``maps`` (``layer``, ``head``, ``density``, ``side``, ``pixels``), ``prefill`` and
         ``decode`` (``share`` of pairs read, ``strip``, ``answer``: the share of maps that read
-        the answer's tokens), and ``ranges`` of the tokens that most maps read. Pixels and strips
-        are base64 of zlib of bytes from 0 to ``SCALE``, ``ABOVE`` where no pair is causal.
+        the answer's tokens), ``keeps`` (whether a decoded token reads what the prompt chose), and
+        ``ranges`` of the tokens that most maps read. Pixels and strips are base64 of zlib of
+        bytes from 0 to ``SCALE``, ``ABOVE`` where no pair is causal.
 
     Raises:
         ValueError: if the prompt has fewer than two tokens, or a policy does not fit.
@@ -111,6 +112,7 @@ class _Record(NamedTuple):
     pictures: list[MaskPicture]
     decoded: list[Tensor]
     summary: dict[str, Any]
+    keeps: bool
 
 
 def _record(
@@ -118,9 +120,9 @@ def _record(
 ) -> _Record:
     recorder = recorder_of(policy, PIXELS)
     # under "keep" a decoded token reads what the prompt chose: there is no row of its own
-    alone = getattr(policy, "decode", None) == "keep" or isinstance(policy, H2O)
+    keeps = getattr(policy, "decode", None) == "keep"
     with attend(model, recorder, impl, measure=True, measure_rows=measure_rows) as run:
-        greedy(model, ids, 1 if alone else 2)
+        greedy(model, ids, 1 if keeps or isinstance(policy, H2O) else 2)
         summary = run.summary()["prefill"]
     rows = _held(model, ids, policy, impl) if isinstance(policy, H2O) else recorder.decoded
     heads = text_config(model).num_attention_heads
@@ -134,7 +136,7 @@ def _record(
         for _, picture in sorted(recorder.pictures.items())
     ]
     decoded = [_of_all(row, heads) for _, row in sorted(rows.items())]
-    return _Record(pictures, decoded, summary)
+    return _Record(pictures, decoded, summary, keeps)
 
 
 def _held(model: torch.nn.Module, ids: Tensor, policy: H2O, impl: str) -> dict[int, Tensor]:
@@ -179,6 +181,7 @@ def _policy(
         "prefill": _strip(prefill, places),
         # A policy of prefills alone is not asked while decoding: everything is read then.
         "decode": _strip(own, places),
+        "keeps": record.keeps,
         "ranges": [] if prefill is None else _ranges(prefill, ids, tokenizer),
     }
 

@@ -61,7 +61,9 @@ def _policy(
             parts.append(_strip(policy[phase], f"{who}: {words}", words, places, tokens))
     if dense:
         parts.append(tag("p", "The prefill of this prompt reads everything.", class_="note"))
-    if not policy.get("decode") or policy["decode"]["share"] > ALL:
+    if policy.get("keeps"):
+        parts.append(tag("p", "A decoded token reads what the prompt chose.", class_="note"))
+    elif not policy.get("decode") or policy["decode"]["share"] > ALL:
         parts.append(tag("p", "Decoding reads everything.", class_="note"))
     if not dense:
         thumbs = [_thumb(who, one, tokens) for one in policy["maps"]]
