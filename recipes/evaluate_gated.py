@@ -142,7 +142,8 @@ def run(name: str, options: argparse.Namespace) -> list[Row]:
     from dynmask.cli.common import resolve_policy
     from dynmask.evals.engine import Interrupted, evaluate
 
-    torch.set_num_threads(options.threads)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     task, length = task_of(name, options.longeval)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
@@ -266,7 +267,8 @@ def draw(
 
     some = [row for row in rows if (row["model"], row["task"]) == (model, task)]
     if not some:
-        raise SystemExit(f"--plot: expected a task with rows of {model}, received {task!r}")
+        raise SystemExit(f"--plot: expected a task with rows of {model}, received {task!r}; "
+                         "evaluate it first (--out says where rows are)")  # fmt: skip
     if model == MODEL.name and not alone:
         beside = rows_of(RESULTS / "reference.jsonl")
         some += [row for row in beside if row["task"] == task and row["policy"] != "full"]
@@ -315,7 +317,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--jobs", type=int, default=1, help="tasks evaluated at a time")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each job")
+    parser.add_argument("--threads", type=int, help="threads of each job (PyTorch's own choice)")
     parser.add_argument("--commit", default=None, help="what is run, where git cannot tell")
     parser.add_argument(
         "--out", type=Path, help="default: generator_tasks.jsonl or baselines.jsonl of the results"

@@ -736,8 +736,15 @@ def test_a_density_can_be_asked_for_instead(model):
 def test_a_density_that_is_out_of_reach_is_told(model):
     asked = GatedSettings(**{**vars(SETTINGS), "max_kl": 1e-6, "density": 0.01})
     with pytest.raises(
-        ValueError, match=r"settings.density: expected at least [01]\.\d+, which max_kl"
+        ValueError,
+        match=r"settings.density: expected at least [01]\.\d+, which max_kl.*Raise max_kl",
     ):
+        calibrate_gates(model, documents(60), asked, progress=False)
+
+
+def test_a_density_that_the_cheapest_budget_exceeds_is_told(model):
+    asked = GatedSettings(**{**vars(SETTINGS), "max_kl": 1e3, "density": 0.001})
+    with pytest.raises(ValueError, match="cheapest budget already: judge longer documents"):
         calibrate_gates(model, documents(60), asked, progress=False)
 
 

@@ -324,7 +324,11 @@ def test_the_command_takes_a_card_of_score_heads(tmp_path, capsys):
     assert cli.main([*gated, "--decode", "select", "--out", str(tmp_path / "other")]) == 2
     assert "--decode: expected with --decoded" in capsys.readouterr().err
     judged = [*gated, "--scores", kept, "--decoded", "--decode", "select", "--force", "--out", out]
+    capsys.readouterr()
     assert cli.main(judged) == 0
+    said = capsys.readouterr().err
+    assert f"use it with --policy gated:{out},decode=select" in said
+    assert "documents of 140 tokens are short: they chose nothing" in said
     assert MaskCard.from_pretrained(out).header["settings"]["decode"] == "select"
     other = ["calibrate", "--model", model, "--scores", kept, "--out", str(tmp_path / "dam")]
     assert cli.main(other) == 2

@@ -21,7 +21,8 @@ from dynmask.evals.generation import attend, bounded_cache, greedy, needed_cache
 from dynmask.integrations import prefill  # noqa: E402
 from dynmask.integrations.heavy_cache import HeavyHitterStore  # noqa: E402
 from dynmask.masks import LifetimeMask  # noqa: E402
-from dynmask.policies import H2O, Causal, Gated, Streaming  # noqa: E402
+from dynmask.policies import H2O, Causal, Gated, Layer, Streaming, VerticalSlash  # noqa: E402
+from dynmask.policies.base import looks_ahead  # noqa: E402
 from tests.stand_in import save_stand_in  # noqa: E402
 from tests.test_bounded import CLOSE, generate, prompt  # noqa: E402
 from tests.tiny import TINY, VOCAB, tiny_llama  # noqa: E402
@@ -403,6 +404,15 @@ def test_what_does_not_fit_is_refused():
             work = Work(hybrid, run, ids, 0, silent, shown=False)
             with pytest.raises(ValueError, match="[Hh]ybrid models"):
                 work.run(max_new_tokens=2)
+
+
+def test_no_row_of_a_prompt_looks_ahead():
+    query, key, value = (torch.randn(1, n, 60, 8) for n in (4, 2, 2))
+    policy = H2O(width=16, block=4)
+    whole = policy(query, key, value, Layer(0)).dense()
+    part = policy(query[:, :, :41], key[:, :, :41], value[:, :, :41], Layer(0)).dense()
+    assert torch.equal(whole[..., :41, :41], part) and not whole.all()
+    assert not looks_ahead(policy) and looks_ahead(VerticalSlash()) and not looks_ahead(None)
 
 
 def test_evaluations_decode_by_it():

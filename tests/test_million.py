@@ -120,6 +120,10 @@ def test_what_chunks_mean_is_said():
     anew = chunk_note(VerticalSlash(), 100, 30)
     assert "chooses anew" in anew and "change nothing" not in anew
     assert "after the last" in chunk_note(Gated(decode="keep"), 100, 30)
+    narrow = {"columns": 0, "window": 5, "block": 10, "query_pool": 5, "key_pool": 5}
+    guarded = Gated(**narrow, guard=0.1, promise=torch.ones(1, 1))
+    assert "where the guard" in chunk_note(guarded, 100, 30)
+    assert "where the guard" not in chunk_note(Gated(**narrow), 100, 30)
 
 
 def test_short_prompts_and_the_models_own_attention_come_whole():

@@ -367,11 +367,18 @@ def _search(
         return gates, allowed
     least, _ = measure(judge, judge.policy(gates), which, layers)
     if float(least.mean()) > settings.density:
+        remedy = "Raise max_kl; a checkpoint keeps what was measured."
+        names = (item.name for item in fields(gates))
+        if all(torch.equal(getattr(gates, name), getattr(first, name)) for name in names):
+            remedy = (
+                "Every map has the cheapest budget already: judge longer documents, of which it "
+                "reads less, or offer cheaper budgets."
+            )
         raise bad(
             "settings.density",
             f"at least {float(least.mean()):.4f}, which max_kl {allowed:g} allows",
             settings.density,
-            "Raise max_kl, or offer cheaper budgets; a checkpoint keeps what was measured.",
+            remedy,
         )
     # the smallest divergence whose gates are sparse enough, within a factor of 1.2
     low, high = settings.max_kl * 1e-4, settings.max_kl

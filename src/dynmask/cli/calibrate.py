@@ -358,7 +358,26 @@ def _gated(arguments: argparse.Namespace, folder: Path) -> int:
         checkpoint=arguments.checkpoint,
         progress=not arguments.quiet,
     )
-    return _save(card, folder, arguments.json, f"use it with --policy gated:{folder}")
+    if not _chose(card):
+        say(
+            f"note: every map has the same budget, beside which documents of {card.length:,} "
+            "tokens are short: they chose nothing; pass longer --lengths"
+        )
+    decode = "" if arguments.decode == "full" else f",decode={arguments.decode}"
+    return _save(card, folder, arguments.json, f"use it with --policy gated:{folder}{decode}")
+
+
+def _chose(card: Any) -> bool:
+    """Whether some map has another budget than the others, or reads few of the documents' keys."""
+    from dynmask.masks import LifetimeMask
+
+    names = ("window", "columns", "blocks", "kept", "slashes")
+    tables = {name: card.tensors[name] for name in names if name in card.tensors}
+    alike = all(bool((table == table.flatten()[0]).all()) for table in tables.values())
+    first = {name: int(table.flatten()[0]) for name, table in tables.items()}
+    if not alike or first["window"] == LifetimeMask.INF or first["blocks"]:
+        return True
+    return 4 * (first["window"] + first["columns"] + first.get("kept", 0)) < card.length
 
 
 def _refuse_idle(arguments: argparse.Namespace, option: str, others: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynmask.policies.base import looks_ahead
+
 from .generation import (
     Generation,
     attend,
@@ -348,7 +350,7 @@ class _Run:
             policy=name,
             group=group,
             n=len(items),
-            causal=policy is None or bool(policy.causal),
+            causal=not looks_ahead(policy),
             right=sum(scores),
             accuracy=sum(scores) / len(scores),
             accuracy_interval=proportion_interval(sum(scores), len(scores)),

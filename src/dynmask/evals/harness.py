@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from dynmask.policies.base import looks_ahead
+
 from .engine import Interrupted, check_policies, evaluate, progress_bar
 from .generation import attend, is_full, needed_cache, own_summary
 from .journal import Journal, policy_fingerprint
@@ -433,7 +435,7 @@ def _row(
         policy=name,
         group=group,
         n=n,
-        causal=policy is None or bool(policy.causal),
+        causal=not looks_ahead(policy),
         right=right,
         accuracy=None if right is None else right / n,
         accuracy_interval=None if right is None else proportion_interval(right, n),

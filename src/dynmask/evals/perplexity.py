@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynmask.policies.base import looks_ahead
+
 from .engine import Interrupted, check_policies, mean, mean_per_head, progress_bar
 from .generation import attend, is_full, own_summary, text_config
 from .journal import policy_fingerprint
@@ -287,7 +289,7 @@ def _row(
         policy=name,
         group=group,
         n=len(results),
-        causal=policy is None or bool(policy.causal),
+        causal=not looks_ahead(policy),
         **means,
         buckets=tuple(buckets),
         perplexity=math.exp(min(float(losses.mean()), 700.0)),

@@ -264,7 +264,8 @@ def _check_run(run: Any) -> None:
     if not evicts(policy) or policy.phase != "both":
         raise ValueError(
             "BoundedCache: expected a policy that only ever evicts (Streaming, Retained), received "
-            f"{policy.name}, which may ask for any key again; leave the cache to generate()"
+            f"{policy.name}, which may ask for any key again; gated policies have "
+            "dynmask.GatedCache, h2o has dynmask.HeavyHitterCache, others the cache of generate()"
         )
     if run.measures_mass:
         raise ValueError(

@@ -457,8 +457,8 @@ def _policy_of(run: Any) -> Gated:
             "GatedCache",
             "a gated policy",
             f"{run.policy.name}",
-            "Policies that only evict have dynmask.BoundedCache; leave the cache of others to "
-            "generate().",
+            "Policies that only evict have dynmask.BoundedCache, h2o has dynmask.HeavyHitterCache; "
+            "leave the cache of others to generate().",
         )
     return run.policy
 

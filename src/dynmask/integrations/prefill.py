@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,6 +91,13 @@ def chunk_note(policy: Any, tokens: int, chunk: int) -> str:
     kept = ""
     if isinstance(policy, Gated) and policy.decode == "keep":
         kept = "; keys are dropped after the last"
+    if isinstance(policy, Gated) and policy.guard is not None:
+        alone = replace(policy, guard=None)
+        if exact_in_chunks(alone, tokens, chunk):
+            return what + (
+                "chunks change nothing but where the guard of gated, which looks at each chunk by "
+                f"itself, widens a map{kept}"
+            )
     return what + (
         f"{name} chooses anew for each chunk, by that chunk's own queries, which is another choice "
         f"than one for the whole prompt (--chunk 0){kept}"

@@ -146,6 +146,15 @@ def grid_of(policy: Any) -> int:
     return policy.grid if isinstance(policy, Gridded) else 0
 
 
+def looks_ahead(policy: Any) -> bool:
+    """Whether what a query of one call reads depends on tokens after it.
+
+    No causal policy does, and some others do not: H2O goes on from call to call with its cache
+    alone, but no row of a call asks later ones.
+    """
+    return policy is not None and getattr(policy, "looks_ahead", not policy.causal)
+
+
 @runtime_checkable
 class Glancing(Protocol):
     """A policy that looks at a few query rows of a call, or at none.

@@ -58,6 +58,7 @@ class H2O(AnyModel):
     name: ClassVar[str] = "h2o"
     causal: ClassVar[bool] = False
     phase: ClassVar[Literal["both", "prefill"]] = "prefill"
+    looks_ahead: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_field(self.name, "width", self.width, self.width >= 2, ">= 2")
