@@ -251,7 +251,7 @@ def calibrate_gates(
     }
     tensors = {item.name: getattr(gates, item.name) for item in fields(gates)}
     # a card without score heads has no table of what they keep, as before there were any
-    if not gates.kept.any():
+    if not any(gates.keeping):
         tensors.pop("kept")
     if not slashes_in(header["settings"]):
         tensors.pop("slashes")
@@ -262,7 +262,7 @@ def calibrate_gates(
                 state = encoder.cpu().state_dict()
                 tensors |= {f"layers.{layer}.{name}": state[name] for name in ENCODER_TENSORS}
     if scores is not None and "kept" in tensors:
-        own = gates.kept.any(-1).tolist()
+        own = list(gates.keeping)
         told = scores.header["settings"]
         header[SCORES] = {"head": told["head"], "hidden": told["hidden"], "layers": own}
         for name, tensor in scores.tensors.items():

@@ -350,7 +350,7 @@ class GatedTensors:
             finite = tensor.dtype != torch.float32 or bool(tensor.isfinite().all())
             require(finite, f"{name} finite", "NaN or infinity")
         gates = Gates(**{name: x.cpu() for name, x in tensors.items() if "." not in name})
-        for layer, kept in enumerate(gates.kept.any(-1).tolist()):
+        for layer, kept in enumerate(gates.keeping):
             scored = SCORES in header and header[SCORES]["layers"][layer]
             require(
                 scored or not kept,

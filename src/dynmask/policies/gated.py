@@ -363,11 +363,11 @@ class Gated:
     @property
     def scored(self) -> bool:
         """Whether some map keeps by score: then keys are looked at as they were before rotation."""
-        return self.gates is not None and bool(self.gates.kept.any())
+        return self.gates is not None and any(self.gates.keeping)
 
     def keeps(self, layer: int) -> bool:
         """Whether some map of a layer keeps by score."""
-        return self.gates is not None and bool(self.gates.kept[layer].any())
+        return self.gates is not None and self.gates.keeping[layer]
 
     def lives(self, layer: int, heads: int, kv_heads: int) -> list[tuple[int, int] | None]:
         """Of each kv head whose keys live and die by its score alone its window and its kept keys.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -80,6 +81,11 @@ class Gates:
         """Every map dense."""
         window = torch.full((layers, heads), LifetimeMask.INF, dtype=torch.int32)
         return cls(window, torch.zeros_like(window), torch.zeros_like(window, dtype=torch.float32))
+
+    @cached_property
+    def keeping(self) -> tuple[bool, ...]:
+        """For each layer whether some of its maps keep by score."""
+        return tuple(self.kept.any(-1).tolist())
 
     @property
     def dense(self) -> Tensor:
