@@ -22,10 +22,13 @@ MIXERS = ("full", "window", "dma", "nsa", "mla")
 class Shape:
     """A decoder: width, depth, heads, and which mixer reads how many keys.
 
-    ``width`` is the keys a query reads (window, DMA, NSA); MLA's latent takes ``latent`` numbers
-    a token, and NSA's 16 query heads share one kv head, which its kernel asks for. ``shifts`` is
-    how many tokens before its own the input of every mixer sums up, each weighted by channel (a
-    short convolution); 0 leaves it out.
+    ``width`` is the keys a query reads (window, DMA, NSA). NSA's 16 query heads share one kv head,
+    which its kernels ask for; half of the keys are a window, ``selected`` are those of the blocks
+    it chooses (0: the other half, and 16 numbers or a sixteenth of the model width a head instead
+    of ``head_dim``). The first block and the last two are always among them. MLA keeps a latent of
+    ``latent`` numbers a token and a key of ``rotary`` that carries the position (0: half of
+    ``head_dim``). ``shifts`` is how many tokens before its own the input of every mixer sums up,
+    each weighted by channel (a short convolution); 0 leaves it out.
     """
 
     mixer: str
@@ -44,7 +47,9 @@ class Shape:
     start: float = 1.0  # of A
     retention_rows: int = 48
     retention_after: int = 128
+    selected: int = 0
     latent: int = 64
+    rotary: int = 0
     rope_theta: float = 1e5
     shifts: int = 0
 
@@ -140,20 +145,22 @@ def new_mixer(shape: Shape, index: int) -> nn.Module:
         if parallel.flash_attn_func is None:
             parallel.flash_attn_func = _flash
         # its kernels want half as many blocks as a block has keys at most
-        block = 16 if shape.width <= 256 else 32
+        selected = shape.selected or shape.width // 2
+        block = 16 if selected // 16 <= 8 else 32
         return NativeSparseAttention(
             hidden_size=shape.hidden, num_heads=16, num_kv_heads=1,
-            head_dim=max(16, shape.hidden // 16), block_size=block,
-            block_counts=max(1, shape.width // 2 // block), window_size=shape.width // 2,
-            rope_theta=shape.rope_theta, layer_idx=index,
+            head_dim=shape.head_dim if shape.selected else max(16, shape.hidden // 16),
+            block_size=block, block_counts=max(1, selected // block),
+            window_size=shape.width // 2, rope_theta=shape.rope_theta, layer_idx=index,
         )  # fmt: skip
     from fla.layers import mla
 
     if mla.flash_attn_func is None:
         mla.flash_attn_func = _flash
+    rotary = shape.rotary or shape.head_dim // 2
     return mla.MultiheadLatentAttention(
         hidden_size=shape.hidden, num_heads=shape.heads, q_lora_rank=None,
-        qk_rope_head_dim=shape.head_dim // 2, qk_nope_head_dim=shape.head_dim // 2,
+        qk_rope_head_dim=rotary, qk_nope_head_dim=shape.head_dim - rotary,
         qk_head_dim=shape.head_dim, v_head_dim=shape.head_dim, kv_lora_rank=shape.latent,
         rope_theta=shape.rope_theta, layer_idx=index,
     )  # fmt: skip

@@ -19,7 +19,11 @@ The cases say what a cache of w keys can hold. ``scarce``: w is half of the valu
 everything is impossible and a choice that does not know the question must lose answers;
 ``published``: as many keys as values (512 pairs, w 512), where keeping all values suffices;
 ``ample``: room for keys and values. Full attention, NSA and MLA keep something of
-every token and are no peers of equal memory. NSA and MLA are flash-linear-attention's layers
+every token and are no peers of equal memory. ``mla, equal cache`` is one: its latent and rotary
+key take what w keys and values take at the case's length. ``nsa`` reads w keys, half of them in
+chosen blocks; its kernels always take the first block and the last two, so with w 32 there is no
+choice left. ``nsa, w chosen`` has w keys in its blocks, 128 at least, the window beside them, and
+heads as wide as the others'. NSA and MLA are flash-linear-attention's layers
 (``pip install flash-linear-attention``); where they do not run, their row says why.
 """
 
@@ -71,9 +75,14 @@ MIXERS: dict[str, dict[str, Any]] = {
     "dma as published": {"mixer": "dma", "form": "exp", "start": 0.1, "window": 0,
                          "retention_weight": 0.0},
     "nsa": {"mixer": "nsa"},
+    "nsa, w chosen": {"mixer": "nsa"},
+    "mla, equal cache": {"mixer": "mla"},
 }  # fmt: skip
 
-MIXER_NAMES = {"window": "a sliding window", "nsa": "NSA", "mla": "MLA"}
+MIXER_NAMES = {
+    "window": "a sliding window", "nsa": "NSA", "nsa, w chosen": "NSA that chooses w keys",
+    "mla": "MLA", "mla, equal cache": "MLA of equal cache",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,15 +126,20 @@ class Cell:
 
     def shape(self) -> Shape:
         """Return the decoder of this cell."""
-        heads = max(1, self.hidden // 64)
+        case, heads, dim = self.case, max(1, self.hidden // 64), min(64, self.hidden)
         settings = {
             "window": 4, "sinks": 0, "retention_rows": 128, "retention_after": 8,
             "latent": self.hidden // 2, "shifts": 2, **MIXERS[self.mixer],
         }  # fmt: skip
+        if self.mixer == "nsa, w chosen":
+            settings["selected"] = max(128, case.width)  # eight blocks, three of them not chosen
+        if self.mixer == "mla, equal cache":  # numbers a token, as of w keys and values
+            numbers = 2 * case.width * heads * dim // case.length
+            rotary = max(2, numbers // 4)
+            settings |= {"rotary": rotary, "latent": max(1, numbers - rotary)}
         return Shape(
             vocabulary=VOCABULARY, hidden=self.hidden, layers=2, heads=heads, kv_heads=heads,
-            head_dim=min(64, self.hidden), intermediate=2 * self.hidden, width=self.case.width,
-            **settings,
+            head_dim=dim, intermediate=2 * self.hidden, width=case.width, **settings,
         )  # fmt: skip
 
     def stage(self, progress: float) -> tuple[int, int]:
@@ -300,7 +314,14 @@ def record_goals(rows: list[dict[str, Any]]) -> None:
     def of(cell: tuple[Any, ...], mixer: str) -> float | None:
         return found.get((*cell[:4], mixer, cell[4]))
 
-    for mixer, note in (("window", ""), ("nsa", ""), ("mla", "keeps a latent of every token")):
+    notes = {
+        "window": "",
+        "nsa": "reads w keys, keeps every one",
+        "nsa, w chosen": "keeps every key",
+        "mla": "keeps a latent of every token",
+        "mla, equal cache": "its latent takes what w keys and values take",
+    }
+    for mixer, note in notes.items():
         ahead = {
             cell: found[*cell[:4], "dma", cell[4]] - other
             for cell in cells
@@ -317,7 +338,7 @@ def record_goals(rows: list[dict[str, Any]]) -> None:
             command="python recipes/mqar.py --report",
             note=f"{name}, {length:,} tokens, {pairs} pairs, w {width}, model width {hidden}; "
                  f"{sum(x > 0 for x in ahead.values())} of {len(ahead)} cells ahead"
-                 + (f"; {mixer.upper()} {note}" if note else ""),
+                 + (f"; {note}" if note else ""),
         )  # fmt: skip
 
 

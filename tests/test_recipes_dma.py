@@ -319,6 +319,18 @@ def test_cells_run_once_and_take_the_best_rate():
     assert not {c.key for c in left} & {tuple(row["key"]) for row in rows}
 
 
+@pytest.mark.parametrize("case", mqar.CASES, ids=str)
+@pytest.mark.parametrize("hidden", mqar.WIDTHS)
+def test_peers_of_equal_cache_hold_as_many_numbers_and_nsa_has_blocks_to_choose(case, hidden):
+    dma, mla, nsa = (mqar.Cell(case, mixer, hidden, 0, 1e-2).shape()
+                     for mixer in ("dma", "mla, equal cache", "nsa, w chosen"))  # fmt: skip
+    held = dma.width * dma.kv_heads * 2 * dma.head_dim
+    assert mla.latent > 0 and mla.rotary > 0 and mla.rotary % 2 == 0
+    latents = (mla.latent + mla.rotary) * case.length
+    assert latents <= held < latents + case.length  # one number more a token is too many
+    assert nsa.selected >= max(case.width, 128)
+
+
 @pytest.mark.parametrize("mixer", ["full", "dma", "window", "dma as published"])
 def test_mqar_mixers_learn_something(mixer):
     case = mqar.Case("tiny", 64, 4, 16)
