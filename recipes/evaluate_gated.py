@@ -9,6 +9,7 @@
     python recipes/evaluate_gated.py --baselines --timed --tasks "longeval 600" --longeval FOLDER
     python recipes/evaluate_gated.py --baselines --timed --only h2o quest --tasks "lines 16384"
     python recipes/evaluate_gated.py --baselines --plot "longeval 600"  # docs/baselines.png
+    python recipes/evaluate_gated.py --journal runs/answers ...         # goes on where it stopped
 
 Policies are full attention, the zero-shot gates (``Gated()`` as it comes) and the card that
 ``recipes/gated_card.py`` left beside the model, or those of ``--cards``, the first of which the
@@ -18,16 +19,17 @@ the list of ``benchmarks/baselines.py``, or of it full attention and ``--only`` 
 policy; their rows go to ``benchmarks/results/baselines.jsonl``. ``--timed`` adds a pass that
 measures seconds, milliseconds a token and memory: let nothing else run beside it. With ``--jobs``
 tasks are evaluated side by side; one at a time they may be stopped by Ctrl-C, and what was
-answered is kept. A row of ``benchmarks/results/generator_tasks.jsonl`` is one of a model, task,
-group and policy; a later run replaces it. "ruler:vt+cwe 32768" asks two of RULER's tasks. FOLDER
-holds the official files ``200_lines.jsonl`` to ``800_lines.jsonl``, which are not part of this
-repository.
+answered is kept; with ``--journal`` the same command goes on from there. A row of
+``benchmarks/results/generator_tasks.jsonl`` is one of a model, task, group and policy; a later run
+replaces it. "ruler:vt+cwe 32768" asks two of RULER's tasks. FOLDER holds the official files
+``200_lines.jsonl`` to ``800_lines.jsonl``, which are not part of this repository.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -134,6 +136,11 @@ def baselines(options: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
     return specs, missing
 
 
+def slug(name: str) -> str:
+    """A task's name as that of a file."""
+    return re.sub(r"[^\w-]+", "-", name)
+
+
 def run(name: str, options: argparse.Namespace) -> list[Row]:
     """One task under every policy."""
     import torch
@@ -162,6 +169,7 @@ def run(name: str, options: argparse.Namespace) -> list[Row]:
         report = evaluate(
             model, tokenizer, policies, task, n=few, length=length, measure_rows=16,
             timing=options.timed, progress=options.jobs == 1,
+            journal=options.journal and options.journal / f"{slug(name)}.jsonl",
         )  # fmt: skip
     except Interrupted as stop:  # what was answered counts
         report = stop.report
@@ -316,6 +324,9 @@ def main() -> None:
     parser.add_argument("--ruler-n", type=int, default=10, help="items of each RULER-style task")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--journal", type=Path, metavar="FOLDER", help="what was answered: go on from it"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="tasks evaluated at a time")
     parser.add_argument("--threads", type=int, help="threads of each job (PyTorch's own choice)")
     parser.add_argument("--commit", default=None, help="what is run, where git cannot tell")

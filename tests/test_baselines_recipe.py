@@ -86,6 +86,27 @@ def test_rows_have_quality_and_cost(ran):
         assert row["cache_bytes"] > 0
 
 
+def test_a_journal_is_gone_on_with_and_times_are_added_to_answers(ran, tmp_path, monkeypatch):
+    given = ["--model", ran / "model", "--device", "cpu", "--threads", 1, "--n", 1, "--baselines",
+             "--tasks", "lines 700", "--out", tmp_path / "rows.jsonl", "--journal", tmp_path,
+             "--only", "h2o"]  # fmt: skip
+    run(monkeypatch, *given)
+    journal = tmp_path / "lines-700.jsonl"
+    before = journal.read_text(encoding="utf-8").splitlines()
+    run(monkeypatch, *given, "quest", "--timed")
+    after = journal.read_text(encoding="utf-8").splitlines()
+    assert after[: len(before)] == before and len(before) == 3  # which run, full, h2o
+    kinds = [json.loads(line)["key"].partition("/")[0] for line in after[len(before) :]]
+    assert sorted(kinds) == ["item", "timing", "timing", "timing"]
+    apart = ("prefill_seconds", "ms_per_token", "peak_memory_bytes", "date", "kl")
+    once, twice = rows_of(ran), rows_of(tmp_path, "rows.jsonl")
+    assert once.keys() == twice.keys()
+    for name, row in once.items():
+        assert {k: v for k, v in row.items() if k not in apart} == {
+            k: v for k, v in twice[name].items() if k not in apart
+        }
+
+
 def test_what_has_no_card_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate_gated, "run", lambda name, options: [])
     given = ["--model", tmp_path / "model", "--baselines", "--tasks", "lines 300"]
