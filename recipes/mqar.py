@@ -376,10 +376,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylabel("right answers, %")
     for axis in axes.flat[len(cases) :]:
         axis.set_visible(False)
-    axes.flat[0].legend(fontsize=7)
+    labelled = axes.flat[0].get_legend_handles_labels()
+    figure.legend(*labelled, loc="lower center", ncols=len(MIXERS), fontsize=7)
     device = ", ".join(sorted({row["device"]["name"] for row in rows if "device" in row}))
     figure.suptitle(f"MQAR, two layers, mean and range over seeds, {device}", fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=130)
 
 
