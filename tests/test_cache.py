@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dynmask import LifetimeMask, Span, attention
 from dynmask.cache import KeyStore
 from dynmask.nn import Retention
+from dynmask.retention import ExactRetention
 from dynmask.slots import FEWEST_SLOTS
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -119,6 +120,33 @@ def test_repeated_tokens_tie_exactly():
     for cuts in ([], [9, 20], range(1, 32)):
         out = in_pieces(KeyStore(retention), q, k, v, s, cuts)
         torch.testing.assert_close(out, expected, **EXACT)
+
+
+def test_float64_scores_are_kept_as_they_are_for_the_bias():
+    q, k, v, s = tensors(1, 2, 1, 30)
+    s = 3 * s.double() / 7
+    expected = whole(q, k, v, s, Retention(7, 2, 1), bias=torch.exp)
+    for cuts in ([9, 20], range(1, 30)):
+        out = in_pieces(KeyStore(Retention(7, 2, 1)), q, k, v, s, cuts, torch.exp)
+        torch.testing.assert_close(out, expected, **EXACT)
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_what_is_rounded_off_decides_no_tie(window):
+    """Each call has scores with an error of its own, as those of equal tokens have."""
+    retention = Retention(7, window, 1)
+    q, k, v, s = tensors(1, 2, 1, 60, levels=3)
+    s, draw = 0.3 + s / 3, torch.Generator().manual_seed(2)
+    expected = whole(q, k, v, s, retention)
+    for cuts in ([9, 20], range(1, 60)):
+        s = s * (1 + 1e-7 * torch.randn(s.shape, generator=draw))
+        out = in_pieces(KeyStore(retention), q, k, v, s, cuts)
+        torch.testing.assert_close(out, expected, **EXACT)
+    # more than that is told apart, and all of it where scores are to be taken as they are
+    near, last = torch.tensor([[[1.001, 1.0]]]), torch.tensor([[[1 + 1e-6, 1.0]]])
+    for scores, kind, first in ((near, Retention, True), (last, Retention, False),
+                                (last, ExactRetention, True)):  # fmt: skip
+        assert kind(1).mask(scores).dense()[0, 0, 1].tolist() == [first, not first]
 
 
 def test_infinite_scores_are_ranked():

@@ -17,6 +17,7 @@ from dynmask.masks import LifetimeMask
 from dynmask.nn import Retention
 from dynmask.policies import H2O, Layer, Retained, SnapKV, parse
 from dynmask.policies.retained import widths_within
+from dynmask.retention import ExactRetention
 from dynmask.retrofit import RetainedSettings, retrofit
 from dynmask.teaching import Teacher
 from tests.policies import POLICIES, score_modules
@@ -108,7 +109,7 @@ def test_each_head_has_the_width_that_it_was_given():
     query, key, value = tensors()
     counts = policy(query, key, value, Layer(0)).dense().sum(-1).amax(-1)
     assert counts.tolist() == [[9, 30]] * 2
-    assert policy.retention(1) == Retention((12, 12), 5, 2)
+    assert policy.retention(1) == ExactRetention((12, 12), 5, 2)
 
 
 @pytest.mark.parametrize(

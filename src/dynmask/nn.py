@@ -38,6 +38,9 @@ class DynamicMaskAttention(nn.Module):
     read, and the retention loss (:func:`retention_loss_of`), which :func:`collect_retention_loss`
     hands to the training loop. ``window=0, sinks=0, retention_weight=0`` is the paper's layer.
 
+    Keys are compared by the first half of their scores' digits (:meth:`Retention.compared`), for
+    equal tokens have to tie, and the latest win, however a sequence is cut into calls.
+
     With A = 0, where ``exp`` and ``linear`` begin, all scores tie and the latest keys win: the
     layer starts as a sliding window of ``width``. ``bounded`` begins with A = 1.
 

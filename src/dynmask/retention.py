@@ -16,6 +16,11 @@ from .masks.lifetime import check_retention
 LATE_ROWS = 256
 """Query rows that count as near the end, where tasks ask their questions."""
 
+LOW_BITS = 12
+"""Last bits of a float32 score, half of its 24 digits, that are not looked at where keys are
+compared. Values of one token differ there: products of matrices of other sizes, in prefill, in
+chunks and in decoding, are rounded otherwise."""
+
 NUMBERS_AT_A_TIME = 2**24
 """Logits (or numbers of keys in float32) that the loss holds at a time: 64 MiB."""
 
@@ -55,9 +60,32 @@ class Retention:
         """Keys that a query of every kv head may read: up to so many are all read."""
         return self.width if isinstance(self.width, int) else min(self.width)
 
+    def compared(self, scores: Tensor) -> Tensor:
+        """Scores as keys are compared by them: float32, without its last ``LOW_BITS``.
+
+        Equal tokens have equal scores in a first layer but for what is rounded off on the way.
+        Without it they tie, and the later key wins in prefill, in chunks and in decoding alike.
+        Of float64 scores nothing is left of it in float32: they are compared in all its bits.
+        """
+        narrow = scores.detach().float()
+        if scores.dtype == torch.float64:
+            return narrow
+        bits = narrow.view(torch.int32)
+        return (bits & -(1 << LOW_BITS)).view(torch.float32)
+
     def mask(self, scores: Tensor, queries: int | None = None) -> LifetimeMask:
         """The mask of scores [b, g, k], for the last ``queries`` of the keys."""
+        if isinstance(scores, Tensor) and scores.is_floating_point():  # others are refused
+            scores = self.compared(scores)
         return LifetimeMask.retained(scores, self.width, self.window, self.sinks, queries=queries)
+
+
+class ExactRetention(Retention):
+    """Compares scores to their last bit: for those that are rounded, or have to be as they are."""
+
+    def compared(self, scores: Tensor) -> Tensor:
+        """The scores, float32."""
+        return scores.detach().float()
 
 
 def retention_loss_of(

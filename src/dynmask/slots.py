@@ -131,7 +131,7 @@ class Slots(Rows):
 
     @property
     def scores(self) -> Tensor:
-        """float32 [b, g, slots]."""
+        """float32 [b, g, slots], float64 where the first ones were."""
         return self._tensors["scores"]
 
     # going back
@@ -176,7 +176,7 @@ class Slots(Rows):
             )
         return list(width)
 
-    def _start(self, batch: int, key: Tensor, value: Tensor) -> None:
+    def _start(self, batch: int, key: Tensor, value: Tensor, scores: Tensor) -> None:
         """Empty slots for a first call; a later one must fit them."""
         if self._tensors:
             self.check_fit(key, value)
@@ -185,12 +185,13 @@ class Slots(Rows):
         widths = self._widths(heads)
         self.seen = [0] * batch
         whole = {"dtype": torch.int32, "device": device}
+        wide = torch.promote_types(scores.dtype, torch.float32)
         with torch.inference_mode(False):  # slots are written again, maybe outside of it
             self._tensors = {
                 "keys": key.new_zeros(batch, heads, 0, key.shape[3], requires_grad=False),
                 "values": value.new_zeros(batch, heads, 0, value.shape[3], requires_grad=False),
                 "positions": torch.zeros(batch, heads, 0, **whole),
-                "scores": torch.zeros(batch, heads, 0, device=device),
+                "scores": torch.zeros(batch, heads, 0, dtype=wide, device=device),
                 "next": torch.zeros(batch, **whole),
                 "width": torch.tensor([min(w, LifetimeMask.INF) for w in widths], **whole),
             }

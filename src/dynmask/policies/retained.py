@@ -13,6 +13,7 @@ from ..errors import bad
 from ..masks import LifetimeMask
 from ..masks.base import check_whole
 from ..nn import PairScore, Retention, ValueScore
+from ..retention import ExactRetention
 from .base import Layer, LooksAtNone, own_heads
 from .scoring import ScoreModules
 
@@ -74,8 +75,8 @@ class Retained(LooksAtNone):
                     f"retained: expected a score module for layer {index}, received None; only a "
                     "layer with a sliding window of its own does without"
                 )
-        kept = tuple(
-            Retention(width, self.window, self.sinks) if own is None else Retention(own, own, 0)
+        kept = tuple(  # scores are rounded already
+            ExactRetention(width, self.window, self.sinks) if own is None else Retention(own, own)
             for width, own in zip(widths, windows, strict=True)
         )
         object.__setattr__(self, "_kept", kept)
