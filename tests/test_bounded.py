@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import DynamicCache  # noqa: E402
 
 import dynmask  # noqa: E402
-from dynmask import BoundedCache, sparsify  # noqa: E402
+from dynmask import BoundedCache, convert, sparsify  # noqa: E402
 from dynmask.nn import Retention  # noqa: E402
 from dynmask.policies import Causal, Streaming  # noqa: E402
 from tests.tiny import TINY, VOCAB, tiny_llama  # noqa: E402
@@ -215,6 +215,19 @@ def test_reset_reorder_crop():
         cache.reset()
         assert cache.nbytes == 0 and cache.get_seq_length() == 0
         torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_where_one_layer_has_evicted_no_layer_forgets():
+    model = convert(tiny_llama(), width=30, window=3)
+    model.model.layers[1].self_attn.dynmask_score.retention = Retention(9, 3, 1)
+    ids, _ = prompt(batch=1, padding=())
+    cache = BoundedCache(model)
+    model(ids[:, :20], past_key_values=cache)
+    with pytest.raises(ValueError, match="crop: expected at most 9 tokens"):
+        cache.crop(-2)
+    again = model(ids[:, 20:], past_key_values=cache).logits
+    torch.testing.assert_close(again, model(ids).logits[:, 20:], **CLOSE)
 
 
 @torch.no_grad()

@@ -229,6 +229,13 @@ class BoundedCache(OwnedCache):
         self._own(run, modules)
         super().__init__(layers=[BoundedLayer(self) for _ in range(layers)])
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, given as a negative number; all layers or none."""
+        for layer in self.layers:
+            if layer.store is not None and tokens_to_remove < 0:  # type: ignore[union-attr]
+                layer.store.check_crop()  # type: ignore[union-attr]
+        super().crop(tokens_to_remove)
+
     def store(
         self,
         module: nn.Module,
