@@ -336,6 +336,10 @@ REFUSED = {
     "widths": (tiny_llama, {"width": (9, 9, 9)}, "each of 2 kv heads"),
     "form": (tiny_llama, {"form": "cubic"}, "form: expected one of"),
     "weight": (tiny_llama, {"retention_weight": -1.0}, "retention_weight: expected 0"),
+    "infinite": (tiny_llama, {"retention_weight": float("inf")}, "a finite number, received inf"),
+    "no number": (tiny_llama, {"retention_weight": "a"}, "a finite number, received 'a'"),
+    "fraction": (tiny_llama, {"width": 9.0}, "width: expected a whole number.* received 9.0"),
+    "none": (tiny_llama, {"width": None}, "width: expected a whole number.* received None"),
     "rows": (tiny_llama, {"retention_rows": 0}, "retention_rows"),
 }  # fmt: skip
 
@@ -349,6 +353,15 @@ def test_what_cannot_be_converted_is_left_as_it_is(case):
         convert(model, **(SMALL | over))
     assert state(model) == before
     assert not hasattr(model.config, "dynmask")
+
+
+def test_a_width_that_does_not_fit_is_not_assigned():
+    model = converted()
+    before = copy.deepcopy(model.config.dynmask), scores_of(model)[1].retention
+    for retention, message in ((512, "expected a Retention"), (Retention((9, 9, 9)), "received 3")):
+        with pytest.raises(ValueError, match=message):
+            scores_of(model)[1].retention = retention
+    assert (model.config.dynmask, scores_of(model)[1].retention) == before
 
 
 def test_one_change_at_a_time():

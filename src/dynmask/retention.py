@@ -79,6 +79,15 @@ class Retention:
             scores = self.compared(scores)
         return LifetimeMask.retained(scores, self.width, self.window, self.sinks, queries=queries)
 
+    def check(self, heads: int) -> Retention:
+        """The same, where there is one width for each of ``heads`` kv heads; else ValueError."""
+        if not isinstance(self.width, int) and len(self.width) != heads:
+            raise ValueError(
+                f"width: expected one number, or one for each of {heads} kv heads, received "
+                f"{len(self.width)}"
+            )
+        return self
+
 
 class ExactRetention(Retention):
     """Compares scores to their last bit: for those that are rounded, or have to be as they are."""
@@ -149,6 +158,26 @@ def retention_loss_of(
             worth = worth / worth.sum(-1, keepdim=True)
         expected = scores.masked_fill(unjudged, float("-inf")).log_softmax(-1)
         return -(worth * expected.masked_fill(unjudged, 0)).sum(-1).mean()
+
+
+def check_weight(weight: float) -> float:
+    """The weight of a retention loss; ValueError unless it is a finite number of at least 0."""
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not number or not 0 <= weight < math.inf:
+        raise ValueError(
+            f"retention_weight: expected 0 (no loss) or more, a finite number, received {weight!r}"
+        )
+    return weight
+
+
+def check_assigned(retention: Retention, heads: int) -> Retention:
+    """What is assigned to a layer of so many kv heads; ValueError where it does not fit."""
+    if not isinstance(retention, Retention):
+        raise ValueError(
+            f"retention: expected a Retention, received {retention!r}; assign "
+            "Retention(width, window, sinks)"
+        )
+    return retention.check(heads)
 
 
 def collect_retention_loss(module: nn.Module) -> Tensor:
