@@ -86,10 +86,16 @@ class KeyStore(Slots):
             [b, h, n, dv].
 
         Raises:
-            ValueError: tensors that do not fit each other or the store, or two spans in a row.
+            ValueError: tensors that do not fit each other or the store, or two spans in a row;
+                the store is as it was then.
         """
         batch, _, n, _ = query.shape
         _check(key, value, scores, batch, n)
+        if query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
+            raise ValueError(
+                f"query: expected [{batch}, a multiple of {key.shape[1]} heads, {n}, "
+                f"{key.shape[3]}] like key {tuple(key.shape)}, received {tuple(query.shape)}"
+            )
 
         def attended(q: Tensor, live: Live, first: int) -> Tensor:
             if compute is not None:
@@ -100,6 +106,8 @@ class KeyStore(Slots):
         runs = runs_of(spans, batch, n)
         if not runs:
             return query.new_zeros(*query.shape[:3], value.shape[-1])
+        for row, (start, stop) in runs.items():  # all of them before the first is stored
+            _refuse_nan(scores[row, :, start:stop])
         self._start(batch, key, value, scores)
         whole = len(runs) == batch and set(runs.values()) == {(0, n)}
         if whole and (n == 1 or len(set(self.seen)) == 1):
@@ -133,9 +141,11 @@ class KeyStore(Slots):
                 numbers of tokens where ``n`` is more than 1 or ``rows`` are given.
         """
         _check(key, value, scores, key.shape[0] if rows is None else len(rows), key.shape[2])
+        _refuse_nan(scores)
         if rows is None:
             self._start(key.shape[0], key, value, scores)
-        scores = _numbers(scores.detach()).to(self.scores.dtype)
+        scores = scores.detach().to(self.scores.dtype)
+        scores = scores.masked_fill(scores.isnan(), float("-inf"))
         if rows is None and key.shape[2] == 1:
             with torch.no_grad():
                 return self._decode(key, value, scores)
@@ -329,13 +339,12 @@ def runs_of(spans: Sequence[Span] | None, batch: int, n: int) -> dict[int, tuple
     return runs
 
 
-def _numbers(scores: Tensor) -> Tensor:
-    """No NaN: it is refused where that costs nothing, and counts as -inf on a GPU."""
+def _refuse_nan(scores: Tensor) -> None:
+    """Raise ValueError for NaN where looking costs nothing; on a GPU it counts as -inf."""
     if scores.device.type == "cpu" and bool(scores.isnan().any()):
         raise ValueError(
             "scores: expected numbers, received NaN; look for an overflow where they are computed"
         )
-    return scores.masked_fill(scores.isnan(), float("-inf"))
 
 
 def _check(key: Tensor, value: Tensor, scores: Tensor, batch: int, n: int) -> None:
@@ -347,6 +356,8 @@ def _check(key: Tensor, value: Tensor, scores: Tensor, batch: int, n: int) -> No
             f"{tuple(key.shape)}, {tuple(value.shape)}, {tuple(scores.shape)}; give the new "
             "tokens alone"
         )
+    if not scores.is_floating_point():
+        raise ValueError(f"scores: expected a floating dtype, received {scores.dtype}")
 
 
 __all__ = ["KeyStore", "Live", "gather_keys", "runs_of"]

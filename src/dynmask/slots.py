@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .masks import LifetimeMask
+from .masks.base import check_whole
 from .retention import Retention
 
 FEWEST_SLOTS = 64
@@ -113,8 +114,13 @@ class Slots(Rows):
     shared = ("width",)
 
     def __init__(self, retention: Retention, limit: int | None = None) -> None:
+        if not isinstance(retention, Retention):
+            raise ValueError(
+                f"retention: expected a Retention, received {retention!r}; pass "
+                "Retention(width, window, sinks)"
+            )
         self.retention = retention
-        self.limit = limit
+        self.limit = None if limit is None else check_whole("limit", limit, 1)
         super().__init__()
 
     # what is in it
