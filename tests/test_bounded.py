@@ -12,9 +12,11 @@ transformers = pytest.importorskip("transformers")
 from transformers import DynamicCache  # noqa: E402
 
 import dynmask  # noqa: E402
-from dynmask import BoundedCache, convert, sparsify  # noqa: E402
+from dynmask import BoundedCache, GatedCache, HeavyHitterCache, convert, sparsify  # noqa: E402
 from dynmask.nn import Retention  # noqa: E402
-from dynmask.policies import Causal, Streaming  # noqa: E402
+from dynmask.policies import H2O, Causal, Gated, Streaming  # noqa: E402
+from dynmask.policies.gates import Gates  # noqa: E402
+from tests.test_transformers import tiny  # noqa: E402
 from tests.tiny import TINY, VOCAB, tiny_llama  # noqa: E402
 
 NINE = Retention(9, 3, 1)
@@ -365,6 +367,29 @@ def test_runs_that_cannot_serve_it():
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["streaming", "converted", "h2o", "gated"])
+def test_layers_that_attend_twice_are_refused_with_caches_that_drop_keys(kind):
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 99}
+    model = tiny("DiffLlamaForCausalLM", "DiffLlamaConfig", **shape).eval()
+    ids = torch.arange(3, 33)[None]
+    if kind == "converted":
+        run, make = convert(model, width=9, window=3), BoundedCache
+    else:
+        none = torch.zeros(1, 4, dtype=torch.int32)
+        gates = Gates(none + 8, none, none.float())
+        policy, make = {
+            "streaming": (Streaming(sinks=2, window=8), BoundedCache),
+            "h2o": (H2O(width=9), HeavyHitterCache),
+            "gated": (Gated(sinks=2, last=5, gates=gates, decode="keep"), GatedCache),
+        }[kind]
+        run = sparsify(model, policy)
+    expected = model(ids, use_cache=False).logits
+    with pytest.raises(ValueError, match="attend once in a call, received DiffLlamaAttention"):
+        model(ids, past_key_values=make(run))
+    torch.testing.assert_close(model(ids).logits, expected, **CLOSE)  # with transformers' own
+
+
 def test_calls_that_cannot_be_honoured():
     model, other = tiny_llama(), tiny_llama(seed=1)
     ids, mask = prompt()
