@@ -364,9 +364,17 @@ def test_runs_that_cannot_serve_it():
         BoundedCache(run)
     with pytest.raises(ValueError, match="converted model, received LlamaForCausalLM"):
         BoundedCache(model)
+    hybrid = tiny(
+        "FalconH1ForCausalLM", "FalconH1Config", mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
+        mamba_d_state=4,
+    )  # fmt: skip
+    with (
+        sparsify(hybrid, Streaming(sinks=2, window=8)) as run,
+        pytest.raises(ValueError, match="nothing else, received LinearAttention.* keep their own"),
+    ):
+        BoundedCache(run)
 
 
-@torch.no_grad()
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["streaming", "converted", "h2o", "gated"])
 def test_layers_that_attend_twice_are_refused_with_caches_that_drop_keys(kind):
@@ -390,6 +398,7 @@ def test_layers_that_attend_twice_are_refused_with_caches_that_drop_keys(kind):
     torch.testing.assert_close(model(ids).logits, expected, **CLOSE)  # with transformers' own
 
 
+@torch.no_grad()
 def test_calls_that_cannot_be_honoured():
     model, other = tiny_llama(), tiny_llama(seed=1)
     ids, mask = prompt()
