@@ -211,7 +211,8 @@ def collect_retention_loss(module: nn.Module) -> Tensor:
         losses.append(loss)
     if not losses:
         some = next(module.parameters(), None)
-        return torch.zeros((), device=None if some is None else some.device)
+        device = None if some is None else some.device
+        return torch.zeros((), dtype=torch.float32, device=device)
     return torch.stack([x.to(losses[0].device) for x in losses]).sum()
 
 
