@@ -12,9 +12,11 @@ transformers = pytest.importorskip("transformers")
 from transformers import DynamicCache  # noqa: E402
 
 import dynmask  # noqa: E402
-from dynmask import BoundedCache, sparsify  # noqa: E402
+from dynmask import BoundedCache, GatedCache, HeavyHitterCache, convert, sparsify  # noqa: E402
 from dynmask.nn import Retention  # noqa: E402
-from dynmask.policies import Causal, Streaming  # noqa: E402
+from dynmask.policies import H2O, Causal, Gated, Streaming  # noqa: E402
+from dynmask.policies.gates import Gates  # noqa: E402
+from tests.test_transformers import tiny  # noqa: E402
 from tests.tiny import TINY, VOCAB, tiny_llama  # noqa: E402
 
 NINE = Retention(9, 3, 1)
@@ -218,6 +220,19 @@ def test_reset_reorder_crop():
 
 
 @torch.no_grad()
+def test_where_one_layer_has_evicted_no_layer_forgets():
+    model = convert(tiny_llama(), width=30, window=3)
+    model.model.layers[1].self_attn.dynmask_score.retention = Retention(9, 3, 1)
+    ids, _ = prompt(batch=1, padding=())
+    cache = BoundedCache(model)
+    model(ids[:, :20], past_key_values=cache)
+    with pytest.raises(ValueError, match="crop: expected at most 9 tokens"):
+        cache.crop(-2)
+    again = model(ids[:, 20:], past_key_values=cache).logits
+    torch.testing.assert_close(again, model(ids).logits[:, 20:], **CLOSE)
+
+
+@torch.no_grad()
 def test_densities_are_of_the_whole_causal_area():
     model = tiny_llama()
     ids, mask = prompt()
@@ -349,6 +364,38 @@ def test_runs_that_cannot_serve_it():
         BoundedCache(run)
     with pytest.raises(ValueError, match="converted model, received LlamaForCausalLM"):
         BoundedCache(model)
+    hybrid = tiny(
+        "FalconH1ForCausalLM", "FalconH1Config", mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
+        mamba_d_state=4,
+    )  # fmt: skip
+    with (
+        sparsify(hybrid, Streaming(sinks=2, window=8)) as run,
+        pytest.raises(ValueError, match="nothing else, received LinearAttention.* keep their own"),
+    ):
+        BoundedCache(run)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["streaming", "converted", "h2o", "gated"])
+def test_layers_that_attend_twice_are_refused_with_caches_that_drop_keys(kind):
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 99}
+    model = tiny("DiffLlamaForCausalLM", "DiffLlamaConfig", **shape).eval()
+    ids = torch.arange(3, 33)[None]
+    if kind == "converted":
+        run, make = convert(model, width=9, window=3), BoundedCache
+    else:
+        none = torch.zeros(1, 4, dtype=torch.int32)
+        gates = Gates(none + 8, none, none.float())
+        policy, make = {
+            "streaming": (Streaming(sinks=2, window=8), BoundedCache),
+            "h2o": (H2O(width=9), HeavyHitterCache),
+            "gated": (Gated(sinks=2, last=5, gates=gates, decode="keep"), GatedCache),
+        }[kind]
+        run = sparsify(model, policy)
+    expected = model(ids, use_cache=False).logits
+    with pytest.raises(ValueError, match="attend once in a call, received DiffLlamaAttention"):
+        model(ids, past_key_values=make(run))
+    torch.testing.assert_close(model(ids).logits, expected, **CLOSE)  # with transformers' own
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dynmask import LifetimeMask, Span, attention
 from dynmask.cache import KeyStore
 from dynmask.nn import Retention
+from dynmask.retention import ExactRetention
 from dynmask.slots import FEWEST_SLOTS
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -119,6 +120,33 @@ def test_repeated_tokens_tie_exactly():
     for cuts in ([], [9, 20], range(1, 32)):
         out = in_pieces(KeyStore(retention), q, k, v, s, cuts)
         torch.testing.assert_close(out, expected, **EXACT)
+
+
+def test_float64_scores_are_kept_as_they_are_for_the_bias():
+    q, k, v, s = tensors(1, 2, 1, 30)
+    s = 3 * s.double() / 7
+    expected = whole(q, k, v, s, Retention(7, 2, 1), bias=torch.exp)
+    for cuts in ([9, 20], range(1, 30)):
+        out = in_pieces(KeyStore(Retention(7, 2, 1)), q, k, v, s, cuts, torch.exp)
+        torch.testing.assert_close(out, expected, **EXACT)
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_what_is_rounded_off_decides_no_tie(window):
+    """Each call has scores with an error of its own, as those of equal tokens have."""
+    retention = Retention(7, window, 1)
+    q, k, v, s = tensors(1, 2, 1, 60, levels=3)
+    s, draw = 0.3 + s / 3, torch.Generator().manual_seed(2)
+    expected = whole(q, k, v, s, retention)
+    for cuts in ([9, 20], range(1, 60)):
+        s = s * (1 + 1e-7 * torch.randn(s.shape, generator=draw))
+        out = in_pieces(KeyStore(retention), q, k, v, s, cuts)
+        torch.testing.assert_close(out, expected, **EXACT)
+    # more than that is told apart, and all of it where scores are to be taken as they are
+    near, last = torch.tensor([[[1.001, 1.0]]]), torch.tensor([[[1 + 1e-6, 1.0]]])
+    for scores, kind, first in ((near, Retention, True), (last, Retention, False),
+                                (last, ExactRetention, True)):  # fmt: skip
+        assert kind(1).mask(scores).dense()[0, 0, 1].tolist() == [first, not first]
 
 
 def test_infinite_scores_are_ranked():
@@ -267,6 +295,12 @@ REFUSED = {
     "scores": (lambda q, k, v, s: (q, k, v, s[..., :-1]), "the new tokens alone"),
     "values": (lambda q, k, v, s: (q, k, v[:, :, 1:], s), "the new tokens alone"),
     "NaN": (lambda q, k, v, s: (q, k, v, s.masked_fill(s > 0, torch.nan)), "received NaN"),
+    "whole scores": (lambda q, k, v, s: (q, k, v, s.int()), "floating dtype, received torch.int32"),
+    "heads": (
+        lambda q, k, v, s: (q, *(x.repeat(1, 3, 1, 1) for x in (k, v)), s.repeat(1, 3, 1)),
+        "a multiple of 3 heads",
+    ),
+    "dims": (lambda q, k, v, s: (q[..., 1:], k, v, s), "like key"),
     "packed": (
         lambda q, k, v, s: (q, k, v, s, [Span(0, 0, 2, 0, 2), Span(0, 2, 4, 2, 4)]),
         "one sequence a batch row",
@@ -275,10 +309,33 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_fit_is_refused(name):
+def test_what_does_not_fit_is_refused_and_nothing_is_stored(name):
     change, reason = REFUSED[name]
-    with pytest.raises(ValueError, match=f"expected.*{reason}|{reason}"):
-        KeyStore(Retention(3, 1, 0)).attend(*change(*tensors(1, 2, 1, 4)))
+    for before in (0, 5):
+        store = KeyStore(Retention(3, 1, 0))
+        if before:
+            store.attend(*tensors(1, 2, 1, before))
+        with pytest.raises(ValueError, match=f"expected.*{reason}|{reason}"):
+            store.attend(*change(*tensors(1, 2, 1, 4)))
+        assert store.seen == [before] * bool(before)
+
+
+def test_nan_in_one_row_leaves_the_others_as_they_were():
+    store, spans = KeyStore(Retention(3, 1, 0)), [Span(0, 0, 3, 0, 3), Span(1, 1, 3, 1, 3)]
+    q, k, v, s = tensors(2, 2, 1, 3)
+    s[1, :, 0] = torch.nan  # of padding
+    store.attend(q, k, v, s, spans)
+    s[1, :, 2] = torch.nan
+    with pytest.raises(ValueError, match="received NaN"):
+        store.attend(q, k, v, s, spans)
+    assert store.seen == [3, 2]
+
+
+def test_stores_of_nothing_are_refused():
+    for arguments, message in [((512,), "expected a Retention, received 512"),
+                               ((Retention(3), 0), "limit: expected")]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            KeyStore(*arguments)
 
 
 def test_rows_of_different_lengths_need_attend():

@@ -119,6 +119,19 @@ def bytes_of_all(model, ids):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("form", ["exp", "linear", "bounded"])
+def test_repeated_tokens_are_read_alike_by_every_cache(name, form):
+    """Equal tokens tie in a first layer, whatever is rounded off where the values are made."""
+    model = converted(name, form=form, spread=0.3, width=8, window=0, sinks=0)
+    ids = torch.randint(3, 8, (2, 61), generator=torch.Generator().manual_seed(1))
+    expected = model(ids).logits
+    for size in (1, 5, 17):
+        for cache in (BoundedCache(model), DynamicCache(config=model.config)):
+            parts = [model(part, past_key_values=cache).logits for part in ids.split(size, 1)]
+            torch.testing.assert_close(torch.cat(parts, 1), expected, **CLOSE)
+
+
+@torch.no_grad()
 def test_padded_and_packed_rows_are_as_if_alone(name):
     model = converted(name)
     ids, mask = prompt()
@@ -323,6 +336,10 @@ REFUSED = {
     "widths": (tiny_llama, {"width": (9, 9, 9)}, "each of 2 kv heads"),
     "form": (tiny_llama, {"form": "cubic"}, "form: expected one of"),
     "weight": (tiny_llama, {"retention_weight": -1.0}, "retention_weight: expected 0"),
+    "infinite": (tiny_llama, {"retention_weight": float("inf")}, "a finite number, received inf"),
+    "no number": (tiny_llama, {"retention_weight": "a"}, "a finite number, received 'a'"),
+    "fraction": (tiny_llama, {"width": 9.0}, "width: expected a whole number.* received 9.0"),
+    "none": (tiny_llama, {"width": None}, "width: expected a whole number.* received None"),
     "rows": (tiny_llama, {"retention_rows": 0}, "retention_rows"),
 }  # fmt: skip
 
@@ -336,6 +353,15 @@ def test_what_cannot_be_converted_is_left_as_it_is(case):
         convert(model, **(SMALL | over))
     assert state(model) == before
     assert not hasattr(model.config, "dynmask")
+
+
+def test_a_width_that_does_not_fit_is_not_assigned():
+    model = converted()
+    before = copy.deepcopy(model.config.dynmask), scores_of(model)[1].retention
+    for retention, message in ((512, "expected a Retention"), (Retention((9, 9, 9)), "received 3")):
+        with pytest.raises(ValueError, match=message):
+            scores_of(model)[1].retention = retention
+    assert (model.config.dynmask, scores_of(model)[1].retention) == before
 
 
 def test_one_change_at_a_time():

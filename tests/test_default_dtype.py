@@ -8,6 +8,7 @@ import torch
 import dynmask
 from dynmask.budgets import GatedSettings
 from dynmask.encoder_training import encoder_of
+from dynmask.nn import collect_retention_loss
 from dynmask.policies.gated import Gates
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -52,3 +53,8 @@ def test_a_card_is_the_same_policy(name, default):
 def test_an_encoder_is_float32(default):
     encoder = encoder_of(GatedSettings(), WIDE)
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+
+
+def test_no_retention_loss_is_a_float32_zero(default):
+    loss = collect_retention_loss(torch.nn.Linear(2, 2))
+    assert loss.dtype == torch.float32 and loss == 0

@@ -59,6 +59,12 @@ def test_logits_are_those_of_eager(n, over):
         assert torch.equal(model(ids).logits, expected)  # given back as it was
 
 
+def test_scores_that_hardly_differ_are_told_apart_as_by_eager():
+    with run_doge(make_doge(width=1)) as run:
+        scores = torch.tensor([[[1 + 1e-6, 1.0]]])
+        assert run.policy.retention(0).mask(scores).dense()[0, 0, 1].tolist() == [True, False]
+
+
 def test_logits_are_far_from_those_of_full_attention():
     """What the test above would not notice if few keys mattered."""
     ids = tokens(2, 90)

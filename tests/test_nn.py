@@ -527,6 +527,10 @@ def test_autocast_selects_as_float32_does(monkeypatch):
         ({"form": "cubic"}, "exp, linear, bounded"),
         ({"impl": "fast"}, "impl: expected"),
         ({"retention_weight": -1}, "retention_weight"),
+        ({"retention_weight": float("nan")}, "retention_weight: expected .* received nan"),
+        ({"retention_weight": "0.1"}, "retention_weight: expected .* received '0.1'"),
+        ({"width": 512.0}, "whole number.* received 512.0"),
+        ({"width": None}, "whole number.* received None"),
     ],
 )
 def test_a_layer_that_does_not_fit_is_refused(arguments, message):
@@ -547,7 +551,12 @@ def test_input_that_does_not_fit_is_refused():
     holes = torch.tensor([[True, False, True, True, True], [True] * 5])
     for arguments, message in [
         ((x[0],), "hidden_states"),
+        ((x[:, :0], None), "a token at least"),
+        ((x[:0], None), "a token at least"),
         ((x, rotary(4)), "position_embeddings"),
+        ((x, (*rotary(5), rotary(5)[0])), "cos and sin of one shape"),
+        ((x, (rotary(5)[0], rotary(5, 4)[1])), "cos and sin of one shape"),
+        ((x, None, None, None, {}), "expected a KeyStore.* received dict"),
         ((x, rotary(5), holes), "unbroken run"),
         ((x, rotary(5), holes & False), "no tokens"),
         ((x, rotary(5), holes.int()), "bool"),
@@ -557,3 +566,11 @@ def test_input_that_does_not_fit_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             layer(*arguments)
+    kept = layer.retention
+    for retention, message in [
+        (512, "expected a Retention, received 512"),
+        (Retention((9, 9, 9)), "each of 2 kv heads, received 3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            layer.retention = retention
+    assert layer.retention is kept

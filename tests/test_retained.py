@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dynmask
-from dynmask import cli
+from dynmask import cli, sparsify
 from dynmask.card import FILE_NAME, MaskCard
 from dynmask.masks import LifetimeMask
-from dynmask.nn import Retention
+from dynmask.nn import PairScore, Retention, ValueScore
 from dynmask.policies import H2O, Layer, Retained, SnapKV, parse
 from dynmask.policies.retained import widths_within
+from dynmask.retention import ExactRetention
 from dynmask.retrofit import RetainedSettings, retrofit
 from dynmask.teaching import Teacher
 from tests.policies import POLICIES, score_modules
@@ -108,7 +109,7 @@ def test_each_head_has_the_width_that_it_was_given():
     query, key, value = tensors()
     counts = policy(query, key, value, Layer(0)).dense().sum(-1).amax(-1)
     assert counts.tolist() == [[9, 30]] * 2
-    assert policy.retention(1) == Retention((12, 12), 5, 2)
+    assert policy.retention(1) == ExactRetention((12, 12), 5, 2)
 
 
 @pytest.mark.parametrize(
@@ -119,12 +120,28 @@ def test_each_head_has_the_width_that_it_was_given():
         ({"modules": (None, None)}, "score module for layer 0"),
         ({"width": 6}, "width"),
         ({"width": ((9, 9),)}, "as many widths"),
+        ({"width": 20.0}, "width: expected a whole number.* received 20.0"),
+        ({"width": None}, "width: expected a whole number.* received None"),
+        ({"width": "20"}, "width: expected a whole number.* received '20'"),
     ],
 )
 def test_policies_that_do_not_fit_are_refused(settings, message):
     given = {"modules": score_modules(), "width": 20, "window": 5, "sinks": 2} | settings
     with pytest.raises(ValueError, match=message):
         Retained(**given)
+
+
+@pytest.mark.parametrize(
+    ("modules", "width", "message"),
+    [
+        ((PairScore(2, 16), PairScore(4, 16)), 9, "of 2 kv heads.* one of 4 for layer 1"),
+        ((ValueScore(1, 16), ValueScore(2, 16)), 9, "of 2 kv heads.* one of 1 for layer 0"),
+        ((PairScore(2, 16),) * 2, ((9, 9), (9, 9, 9)), "each of 2 kv heads, received 3"),
+    ],
+)
+def test_policies_of_other_heads_are_refused_before_the_model_runs(modules, width, message):
+    with pytest.raises(ValueError, match=message):
+        sparsify(tiny_llama(), Retained(modules, width, window=3, sinks=1))
 
 
 @given(

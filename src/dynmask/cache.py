@@ -24,7 +24,7 @@ class Live(NamedTuple):
     Attributes:
         key: [b, g, k, d]; the queries are the last ones of these k positions.
         value: [b, g, k, dv].
-        scores: float32 [b, g, k]; what a bias is made of.
+        scores: float32 [b, g, k] (float64 where they came so); what a bias is made of.
         mask: the lifetimes among these keys.
         positions: int32 [b, g, k], position of each key in its sequence; -1 for an empty slot.
     """
@@ -73,7 +73,7 @@ class KeyStore(Slots):
             query: [b, h, n, d].
             key: [b, g, n, d], of the new tokens.
             value: [b, g, n, dv].
-            scores: [b, g, n], of the new keys; float32 is what is compared.
+            scores: [b, g, n], of the new keys; see :meth:`Retention.compared`.
             spans: the new tokens of each batch row, one unbroken run at most; the others are
                 padding and give 0. All tokens when None.
             bias: from scores [b, g, k] to the bias of :func:`dynmask.attention`, or to None.
@@ -86,10 +86,16 @@ class KeyStore(Slots):
             [b, h, n, dv].
 
         Raises:
-            ValueError: tensors that do not fit each other or the store, or two spans in a row.
+            ValueError: tensors that do not fit each other or the store, or two spans in a row;
+                the store is as it was then.
         """
         batch, _, n, _ = query.shape
         _check(key, value, scores, batch, n)
+        if query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
+            raise ValueError(
+                f"query: expected [{batch}, a multiple of {key.shape[1]} heads, {n}, "
+                f"{key.shape[3]}] like key {tuple(key.shape)}, received {tuple(query.shape)}"
+            )
 
         def attended(q: Tensor, live: Live, first: int) -> Tensor:
             if compute is not None:
@@ -100,7 +106,9 @@ class KeyStore(Slots):
         runs = runs_of(spans, batch, n)
         if not runs:
             return query.new_zeros(*query.shape[:3], value.shape[-1])
-        self._start(batch, key, value)
+        for row, (start, stop) in runs.items():  # all of them before the first is stored
+            _refuse_nan(scores[row, :, start:stop])
+        self._start(batch, key, value, scores)
         whole = len(runs) == batch and set(runs.values()) == {(0, n)}
         if whole and (n == 1 or len(set(self.seen)) == 1):
             first = max(self.seen)
@@ -133,9 +141,11 @@ class KeyStore(Slots):
                 numbers of tokens where ``n`` is more than 1 or ``rows`` are given.
         """
         _check(key, value, scores, key.shape[0] if rows is None else len(rows), key.shape[2])
+        _refuse_nan(scores)
         if rows is None:
-            self._start(key.shape[0], key, value)
-        scores = _numbers(scores.detach())
+            self._start(key.shape[0], key, value, scores)
+        scores = scores.detach().to(self.scores.dtype)
+        scores = scores.masked_fill(scores.isnan(), float("-inf"))
         if rows is None and key.shape[2] == 1:
             with torch.no_grad():
                 return self._decode(key, value, scores)
@@ -263,13 +273,15 @@ class KeyStore(Slots):
         position = own[..., None]
         full = own >= width
         pool = (self.positions >= retention.sinks) & (self.positions <= position - retention.window)
-        worst = self.scores.masked_fill(~pool, float("inf")).amin(-1, keepdim=True)
-        tied = pool & (self.scores == worst)
+        ranked = retention.compared(self.scores)
+        worst = ranked.masked_fill(~pool, float("inf")).amin(-1, keepdim=True)
+        tied = pool & (ranked == worst)
         victim = self.positions.masked_fill(~tied, LifetimeMask.INF).argmin(-1)
         slot = torch.where(full, victim, slot.clamp(max=self.slots - 1))
         own_key = position.expand(-1, key.shape[1], 1)
         if retention.window == 0:  # the new key itself may be outranked by all
-            stays = full[..., None] & ((worst > scores) | ~pool.any(-1, keepdim=True))
+            outranked = (worst > retention.compared(scores)) | ~pool.any(-1, keepdim=True)
+            stays = full[..., None] & outranked
             at = slot[..., None]
             key = torch.where(stays[..., None], gather_keys(self.keys, at), key)
             value = torch.where(stays[..., None], gather_keys(self.values, at), value)
@@ -327,14 +339,12 @@ def runs_of(spans: Sequence[Span] | None, batch: int, n: int) -> dict[int, tuple
     return runs
 
 
-def _numbers(scores: Tensor) -> Tensor:
-    """float32; NaN is refused where that costs nothing, and counts as -inf on a GPU."""
-    scores = scores.float()
+def _refuse_nan(scores: Tensor) -> None:
+    """Raise ValueError for NaN where looking costs nothing; on a GPU it counts as -inf."""
     if scores.device.type == "cpu" and bool(scores.isnan().any()):
         raise ValueError(
             "scores: expected numbers, received NaN; look for an overflow where they are computed"
         )
-    return scores.masked_fill(scores.isnan(), float("-inf"))
 
 
 def _check(key: Tensor, value: Tensor, scores: Tensor, batch: int, n: int) -> None:
@@ -346,6 +356,8 @@ def _check(key: Tensor, value: Tensor, scores: Tensor, batch: int, n: int) -> No
             f"{tuple(key.shape)}, {tuple(value.shape)}, {tuple(scores.shape)}; give the new "
             "tokens alone"
         )
+    if not scores.is_floating_point():
+        raise ValueError(f"scores: expected a floating dtype, received {scores.dtype}")
 
 
 __all__ = ["KeyStore", "Live", "gather_keys", "runs_of"]

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .attention import IMPLS, attention
+from .cache import KeyStore
 from .masks import Mask, PlacedMask, Span
 from .masks.base import check_whole
 from .retention import (
     Retention,
+    check_assigned,
+    check_weight,
     collect_retention_loss,
     keep_retention_loss,
     retention_loss_of,
 )
 from .scores import Form, PairScore, ValueScore
-
-if TYPE_CHECKING:
-    from .cache import KeyStore
 
 NORM_EPS = 1e-6
 
@@ -37,6 +36,9 @@ class DynamicMaskAttention(nn.Module):
     the paper does not have are therefore on by default: sinks and a ``window`` that are always
     read, and the retention loss (:func:`retention_loss_of`), which :func:`collect_retention_loss`
     hands to the training loop. ``window=0, sinks=0, retention_weight=0`` is the paper's layer.
+
+    Keys are compared by the first half of their scores' digits (:meth:`Retention.compared`), for
+    equal tokens have to tie, and the latest win, however a sequence is cut into calls.
 
     With A = 0, where ``exp`` and ``linear`` begin, all scores tie and the latest keys win: the
     layer starts as a sliding window of ``width``. ``bounded`` begins with A = 1.
@@ -91,20 +93,11 @@ class DynamicMaskAttention(nn.Module):
             )
         if impl not in IMPLS:
             raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, received {impl!r}")
-        if retention_weight < 0:
-            raise ValueError(
-                f"retention_weight: expected 0 (no loss) or more, received {retention_weight}"
-            )
         dim = check_whole("head_dim", hidden_size // num_heads if head_dim is None else head_dim, 1)
-        self.retention = Retention(width if isinstance(width, int) else tuple(width), window, sinks)
-        if isinstance(self.retention.width, tuple) and len(self.retention.width) != num_kv_heads:
-            raise ValueError(
-                f"width: expected one number, or one for each of {num_kv_heads} kv heads, "
-                f"received {len(self.retention.width)}"
-            )
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
+        self.retention = Retention(width, window, sinks)  # type: ignore[arg-type]
         self.head_dim, self.layer_idx, self.impl = dim, layer_idx, impl
-        self.retention_weight = retention_weight
+        self.retention_weight = check_weight(retention_weight)
         self.retention_rows = check_whole("retention_rows", retention_rows, 1)
         self.retention_after = check_whole("retention_after", retention_after, 0)
         self.q_proj = nn.Linear(hidden_size, num_heads * dim, bias=bias)
@@ -114,6 +107,15 @@ class DynamicMaskAttention(nn.Module):
         self.q_norm = nn.RMSNorm(dim, eps=NORM_EPS) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(dim, eps=NORM_EPS) if qk_norm else nn.Identity()
         self.score = ValueScore(num_kv_heads, dim, form)
+
+    @property
+    def retention(self) -> Retention:
+        """What a query reads. Assign another to change the width while training."""
+        return self._retention
+
+    @retention.setter
+    def retention(self, retention: Retention) -> None:
+        self._retention = check_assigned(retention, self.num_kv_heads)
 
     def forward(
         self,
@@ -212,6 +214,11 @@ class DynamicMaskAttention(nn.Module):
                     f"{len(past)} stores; give the layer its layer_idx, and one store for each"
                 )
             past = past[self.layer_idx]
+        if not isinstance(past, KeyStore):
+            raise ValueError(
+                "past_key_values: expected a KeyStore, or a list of one for each layer, received "
+                f"{type(past).__name__}; make it with KeyStore(layer.retention)"
+            )
         if past.retention != self.retention:
             raise ValueError(
                 f"past_key_values: expected a store for {self.retention}, received one for "
@@ -220,12 +227,18 @@ class DynamicMaskAttention(nn.Module):
         return past
 
     def _check(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None) -> None:
-        if hidden_states.dim() != 3 or hidden_states.shape[2] != self.hidden_size:
+        shape = tuple(hidden_states.shape)
+        if len(shape) != 3 or shape[2] != self.hidden_size or 0 in shape:
             raise ValueError(
-                f"hidden_states: expected [b, n, {self.hidden_size}], received "
-                f"{tuple(hidden_states.shape)}"
+                f"hidden_states: expected [b, n, {self.hidden_size}] with a token at least, "
+                f"received {shape}"
             )
         batch, length, _ = hidden_states.shape
+        if rotary is not None and (len(rotary) != 2 or rotary[0].shape != rotary[1].shape):
+            raise ValueError(
+                "position_embeddings: expected cos and sin of one shape, received "
+                f"{[tuple(x.shape) for x in rotary]}"
+            )
         for x in () if rotary is None else rotary:
             fits = x.dim() == 3 and x.shape[0] in (1, batch) and x.shape[1] == length
             if not fits or x.shape[2] > self.head_dim or x.shape[2] % 2:

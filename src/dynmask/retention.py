@@ -16,6 +16,11 @@ from .masks.lifetime import check_retention
 LATE_ROWS = 256
 """Query rows that count as near the end, where tasks ask their questions."""
 
+LOW_BITS = 12
+"""Last bits of a float32 score, half of its 24 digits, that are not looked at where keys are
+compared. Values of one token differ there: products of matrices of other sizes, in prefill, in
+chunks and in decoding, are rounded otherwise."""
+
 NUMBERS_AT_A_TIME = 2**24
 """Logits (or numbers of keys in float32) that the loss holds at a time: 64 MiB."""
 
@@ -55,9 +60,41 @@ class Retention:
         """Keys that a query of every kv head may read: up to so many are all read."""
         return self.width if isinstance(self.width, int) else min(self.width)
 
+    def compared(self, scores: Tensor) -> Tensor:
+        """Scores as keys are compared by them: float32, without its last ``LOW_BITS``.
+
+        Equal tokens have equal scores in a first layer but for what is rounded off on the way.
+        Without it they tie, and the later key wins in prefill, in chunks and in decoding alike.
+        Of float64 scores nothing is left of it in float32: they are compared in all its bits.
+        """
+        narrow = scores.detach().float()
+        if scores.dtype == torch.float64:
+            return narrow
+        bits = narrow.view(torch.int32)
+        return (bits & -(1 << LOW_BITS)).view(torch.float32)
+
     def mask(self, scores: Tensor, queries: int | None = None) -> LifetimeMask:
         """The mask of scores [b, g, k], for the last ``queries`` of the keys."""
+        if isinstance(scores, Tensor) and scores.is_floating_point():  # others are refused
+            scores = self.compared(scores)
         return LifetimeMask.retained(scores, self.width, self.window, self.sinks, queries=queries)
+
+    def check(self, heads: int) -> Retention:
+        """The same, where there is one width for each of ``heads`` kv heads; else ValueError."""
+        if not isinstance(self.width, int) and len(self.width) != heads:
+            raise ValueError(
+                f"width: expected one number, or one for each of {heads} kv heads, received "
+                f"{len(self.width)}"
+            )
+        return self
+
+
+class ExactRetention(Retention):
+    """Compares scores to their last bit: for those that are rounded, or have to be as they are."""
+
+    def compared(self, scores: Tensor) -> Tensor:
+        """The scores, float32."""
+        return scores.detach().float()
 
 
 def retention_loss_of(
@@ -123,6 +160,26 @@ def retention_loss_of(
         return -(worth * expected.masked_fill(unjudged, 0)).sum(-1).mean()
 
 
+def check_weight(weight: float) -> float:
+    """The weight of a retention loss; ValueError unless it is a finite number of at least 0."""
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not number or not 0 <= weight < math.inf:
+        raise ValueError(
+            f"retention_weight: expected 0 (no loss) or more, a finite number, received {weight!r}"
+        )
+    return weight
+
+
+def check_assigned(retention: Retention, heads: int) -> Retention:
+    """What is assigned to a layer of so many kv heads; ValueError where it does not fit."""
+    if not isinstance(retention, Retention):
+        raise ValueError(
+            f"retention: expected a Retention, received {retention!r}; assign "
+            "Retention(width, window, sinks)"
+        )
+    return retention.check(heads)
+
+
 def collect_retention_loss(module: nn.Module) -> Tensor:
     """Sum of the weighted retention losses that the layers below ``module`` have kept.
 
@@ -154,7 +211,8 @@ def collect_retention_loss(module: nn.Module) -> Tensor:
         losses.append(loss)
     if not losses:
         some = next(module.parameters(), None)
-        return torch.zeros((), device=None if some is None else some.device)
+        device = None if some is None else some.device
+        return torch.zeros((), dtype=torch.float32, device=device)
     return torch.stack([x.to(losses[0].device) for x in losses]).sum()
 
 

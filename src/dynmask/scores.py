@@ -67,7 +67,7 @@ class ValueScore(Score):
         A: [g], starts at 0 (``exp``, ``linear``) or 1 (``bounded``).
         dt_proj: g d -> g, no bias; starts normal with spread 0.02.
         cap: ``exp`` is unbounded for A > 0, so the bias grows no further where s > cap, and
-            there has no gradient. Selection uses s as it is.
+            there has no gradient. Selection knows no cap.
     """
 
     reads_keys: ClassVar[bool] = False

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .masks import LifetimeMask
+from .masks.base import check_whole
 from .retention import Retention
 
 FEWEST_SLOTS = 64
@@ -113,8 +114,13 @@ class Slots(Rows):
     shared = ("width",)
 
     def __init__(self, retention: Retention, limit: int | None = None) -> None:
+        if not isinstance(retention, Retention):
+            raise ValueError(
+                f"retention: expected a Retention, received {retention!r}; pass "
+                "Retention(width, window, sinks)"
+            )
         self.retention = retention
-        self.limit = limit
+        self.limit = None if limit is None else check_whole("limit", limit, 1)
         super().__init__()
 
     # what is in it
@@ -131,7 +137,7 @@ class Slots(Rows):
 
     @property
     def scores(self) -> Tensor:
-        """float32 [b, g, slots]."""
+        """float32 [b, g, slots], float64 where the first ones were."""
         return self._tensors["scores"]
 
     # going back
@@ -176,7 +182,7 @@ class Slots(Rows):
             )
         return list(width)
 
-    def _start(self, batch: int, key: Tensor, value: Tensor) -> None:
+    def _start(self, batch: int, key: Tensor, value: Tensor, scores: Tensor) -> None:
         """Empty slots for a first call; a later one must fit them."""
         if self._tensors:
             self.check_fit(key, value)
@@ -185,12 +191,13 @@ class Slots(Rows):
         widths = self._widths(heads)
         self.seen = [0] * batch
         whole = {"dtype": torch.int32, "device": device}
+        wide = torch.promote_types(scores.dtype, torch.float32)
         with torch.inference_mode(False):  # slots are written again, maybe outside of it
             self._tensors = {
                 "keys": key.new_zeros(batch, heads, 0, key.shape[3], requires_grad=False),
                 "values": value.new_zeros(batch, heads, 0, value.shape[3], requires_grad=False),
                 "positions": torch.zeros(batch, heads, 0, **whole),
-                "scores": torch.zeros(batch, heads, 0, device=device),
+                "scores": torch.zeros(batch, heads, 0, dtype=wide, device=device),
                 "next": torch.zeros(batch, **whole),
                 "width": torch.tensor([min(w, LifetimeMask.INF) for w in widths], **whole),
             }

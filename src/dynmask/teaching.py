@@ -24,6 +24,7 @@ from dynmask.nn import Retention, retention_loss_of
 from dynmask.policies.base import AnyModel, Layer
 from dynmask.policies.retained import score_module
 from dynmask.policies.scoring import score_keys
+from dynmask.retention import ExactRetention
 
 if TYPE_CHECKING:
     from dynmask.retrofit import RetainedSettings
@@ -346,7 +347,7 @@ class Meter(Observer):
         scale = self.heads.scales[index] or query.shape[-1] ** -0.5
         rows = sampled_rows(n, METER_ROWS)
         for width in sorted({*self.widths, self.settings.width}):
-            retention = Retention(width, self.settings.window, self.settings.sinks)
+            retention = ExactRetention(width, self.settings.window, self.settings.sinks)
             mask = retention.mask(scores)
             share = kept_mass(query, key, mask, rows, scale, None).mean(-1)
             self.mass.setdefault((index, width), []).append(share)

@@ -7,7 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 from ..cache import KeyStore
 from ..errors import bad
@@ -226,8 +232,22 @@ class BoundedCache(OwnedCache):
                 f"BoundedCache: expected attention in each of {layers} layers, received "
                 f"{len(modules)} attention modules; hybrid models keep their own cache"
             )
+        kinds = {type(x) for x in DynamicCache(config=model.config).layers}
+        others = kinds - {DynamicLayer, DynamicSlidingWindowLayer}
+        if others:
+            raise bad(
+                "BoundedCache", "layers that hold keys and nothing else",
+                sorted(kind.__name__ for kind in others)[0], "Hybrid models keep their own cache.",
+            )  # fmt: skip
         self._own(run, modules)
         super().__init__(layers=[BoundedLayer(self) for _ in range(layers)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, given as a negative number; all layers or none."""
+        for layer in self.layers:
+            if layer.store is not None and tokens_to_remove < 0:  # type: ignore[union-attr]
+                layer.store.check_crop()  # type: ignore[union-attr]
+        super().crop(tokens_to_remove)
 
     def store(
         self,

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import bad
+from .cache import OwnedCache
+
 
 class Call(NamedTuple):
     """Arguments of one call of an attention module.
@@ -47,10 +50,25 @@ def note_call(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def take_call(module: nn.Module) -> Call:
-    """What ``module`` is being called with, in this thread; once."""
+    """What ``module`` is being called with, in this thread; once.
+
+    Raises:
+        ValueError: a layer that asks for attention again in the same call, with a cache that has
+            taken its new keys and dropped others.
+    """
     owner, call = getattr(_noted, "last", (None, NO_CALL))
     _noted.last = None, NO_CALL
-    return call if owner is not None and owner() is module else NO_CALL
+    if owner is None or owner() is not module:
+        return NO_CALL
+    if call is None:
+        raise bad(
+            "past_key_values", "a model whose layers attend once in a call",
+            f"{type(module).__name__}, which attends again", "A cache that drops keys takes them "
+            "once: leave the cache to generate(), and reset() this one.",
+        )  # fmt: skip
+    if isinstance(call.cache, OwnedCache):
+        _noted.last = owner, None
+    return call
 
 
 def arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -26,7 +26,13 @@ from ..masks.base import check_whole
 from ..nn import ValueScore
 from ..policies import Causal, Layer
 from ..policies.base import AnyModel, own_heads
-from ..retention import Retention, keep_retention_loss, retention_loss_of
+from ..retention import (
+    Retention,
+    check_assigned,
+    check_weight,
+    keep_retention_loss,
+    retention_loss_of,
+)
 from ..scores import Form
 from .adapter import Adapter, Site
 from .cache import BoundedLayer
@@ -62,10 +68,7 @@ class Lesson:
     after: int
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise ValueError(
-                f"retention_weight: expected 0 (no loss) or more, received {self.weight}"
-            )
+        check_weight(self.weight)
         check_whole("retention_rows", self.rows, 1)
         check_whole("retention_after", self.after, 0)
 
@@ -101,6 +104,7 @@ class LayerScore(ValueScore):
 
     @retention.setter
     def retention(self, retention: Retention) -> None:
+        check_assigned(retention, len(self.A))
         own = self._settings.setdefault(LAYERS, {})
         own[str(self._index)] = json.loads(json.dumps(asdict(retention)))
         self._retention = retention
@@ -307,26 +311,22 @@ def convert(
         ValueError: the model or a setting does not fit; nothing is changed then.
     """
     check_model(model)
-    retention = Retention(width if isinstance(width, int) else tuple(width), window, sinks)
-    widths = (width,) if isinstance(width, int) else tuple(width)
-    if max(widths) == sinks + window:
+    retention = Retention(width, window, sinks)  # type: ignore[arg-type]
+    if retention.most == sinks + window:
         raise ValueError(
             f"width: expected more than sinks + window = {sinks + window}, received {width}; "
             "without room for others no score matters: use the Streaming policy"
         )
-    lesson = Lesson(float(retention_weight), retention_rows, retention_after)
+    lesson = Lesson(retention_weight, retention_rows, retention_after)
     config = decoder_config_of(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if not isinstance(width, int) and len(widths) != heads:
-        raise ValueError(
-            f"width: expected one number, or one for each of {heads} kv heads, received {width}"
-        )
+    retention.check(heads)
     settings: dict[str, Any] = {
         "width": width if isinstance(width, int) else list(width),
         "window": window,
         "sinks": sinks,
         "form": form,
-        "retention_weight": lesson.weight,
+        "retention_weight": float(lesson.weight),
         "retention_rows": lesson.rows,
         "retention_after": lesson.after,
     }

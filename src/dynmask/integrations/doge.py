@@ -22,7 +22,7 @@ from ..masks import LifetimeMask, Mask
 from ..nn import rotate
 from ..policies import Layer
 from ..policies.base import AnyModel
-from ..retention import Retention
+from ..retention import ExactRetention, Retention
 from ..scores import score_values
 from . import placement
 from .adapter import Adapter, Site
@@ -80,7 +80,8 @@ class Doge(AnyModel):
 
     def retention(self, layer: int) -> Retention:
         """What a query reads."""
-        return Retention(self.modules[layer].keep_window_size)
+        # to the last bit, as the model's own code compares
+        return ExactRetention(self.modules[layer].keep_window_size)
 
     def scores(self, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
         """Score of each key: float32 [b, g, n]."""

@@ -18,7 +18,7 @@ from ..masks.base import check_whole
 from ..policies import Gated
 from ..pooled_keys import PooledKeys
 from ..ragged import RaggedStore, WholeStore
-from ..retention import Retention
+from ..retention import ExactRetention, Retention
 from .cache import NewKeysLayer, OwnedCache, check_rows, check_run
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class LayerPlan:
 
 def _retention(sinks: int, window: int, kept: int) -> Retention:
     """What a query reads that keeps so many keys beside sinks and window."""
-    return Retention(sinks + window + kept, window, sinks)
+    return ExactRetention(sinks + window + kept, window, sinks)  # scores are rounded already
 
 
 def _queries(kv: Heads, members: int) -> Heads:

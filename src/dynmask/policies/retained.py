@@ -13,6 +13,7 @@ from ..errors import bad
 from ..masks import LifetimeMask
 from ..masks.base import check_whole
 from ..nn import PairScore, Retention, ValueScore
+from ..retention import ExactRetention
 from .base import Layer, LooksAtNone, own_heads
 from .scoring import ScoreModules
 
@@ -61,7 +62,9 @@ class Retained(LooksAtNone):
         layers = len(self.modules)
         windows = tuple(self.windows) or (None,) * layers
         widths: Sequence[int | tuple[int, ...]] = (
-            [self.width] * layers if isinstance(self.width, int) else self.width
+            self.width
+            if isinstance(self.width, Sequence) and not isinstance(self.width, str)
+            else [check_whole("width", self.width, 1)] * layers
         )
         if not len(windows) == len(widths) == layers or not layers:
             raise ValueError(
@@ -74,8 +77,8 @@ class Retained(LooksAtNone):
                     f"retained: expected a score module for layer {index}, received None; only a "
                     "layer with a sliding window of its own does without"
                 )
-        kept = tuple(
-            Retention(width, self.window, self.sinks) if own is None else Retention(own, own, 0)
+        kept = tuple(  # scores are rounded already
+            ExactRetention(width, self.window, self.sinks) if own is None else Retention(own, own)
             for width, own in zip(widths, windows, strict=True)
         )
         object.__setattr__(self, "_kept", kept)
@@ -90,6 +93,15 @@ class Retained(LooksAtNone):
                 "kv heads, received some for {} layers, {} heads, {} kv heads; calibrate this "
                 "model with dynmask calibrate --policy retained".format(*own)
             )
+        for layer, module in enumerate(self.modules):
+            if module is not None:
+                self.retention(layer).check(kv_heads)
+            made = _heads_of(module)
+            if made not in (None, kv_heads):
+                raise bad(
+                    "retained", f"score modules of {kv_heads} kv heads", f"one of {made} for layer "
+                    f"{layer}", "Make them for this model.",
+                )  # fmt: skip
 
     def of_shard(self, rank: int, ranks: int) -> Retained:
         """The policy of the heads that a rank holds under tensor parallelism."""
@@ -129,6 +141,13 @@ class Retained(LooksAtNone):
         """The lifetimes of a layer's keys."""
         scores = self.scores(key, value, layer)
         return self.retention(layer.index).mask(scores, query.shape[2])
+
+
+def _heads_of(module: nn.Module | None) -> int | None:
+    """Kv heads that a score module is for; None for one of another kind."""
+    if isinstance(module, PairScore):
+        return len(module.w_in)
+    return len(module.A) if isinstance(module, ValueScore) else None
 
 
 def score_module(
