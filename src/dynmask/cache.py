@@ -17,6 +17,8 @@ from .attention import attention
 from .masks import LifetimeMask, Span
 from .slots import EMPTY, Slots
 
+INFINITY = float("inf")
+
 
 class Live(NamedTuple):
     """What the queries of one call read.
@@ -53,6 +55,8 @@ class KeyStore(Slots):
         limit: a sliding window on top, its own key counted, or None. A key that is older keeps
             its place in the ranking, so that the mask is the intersection of the two.
     """
+
+    _mask: LifetimeMask | None = None
 
     def attend(
         self,
@@ -112,7 +116,7 @@ class KeyStore(Slots):
         whole = len(runs) == batch and set(runs.values()) == {(0, n)}
         if whole and (n == 1 or len(set(self.seen)) == 1):
             first = max(self.seen)
-            return attended(query, self.extend(key, value, scores), first)
+            return attended(query, self._add(key, value, scores, None), first)
         out = query.new_zeros(*query.shape[:3], value.shape[-1])
         groups: dict[tuple[int, int, int], list[int]] = {}
         for row, run in runs.items():
@@ -120,7 +124,7 @@ class KeyStore(Slots):
         for (first, start, stop), rows in groups.items():
             at = torch.tensor(rows, device=query.device)
             k, v, s = (x[at, :, start:stop] for x in (key, value, scores))
-            live = self.extend(k, v, s, rows)
+            live = self._add(k, v, s, rows)
             part = attended(query[at, :, start:stop], live, first)
             out[at, :, start:stop] = part.to(out.dtype)
         return out
@@ -144,8 +148,13 @@ class KeyStore(Slots):
         _refuse_nan(scores)
         if rows is None:
             self._start(key.shape[0], key, value, scores)
+        return self._add(key, value, scores, rows)
+
+    def _add(self, key: Tensor, value: Tensor, scores: Tensor, rows: Sequence[int] | None) -> Live:
+        """What :meth:`extend` does with tensors that fit."""
         scores = scores.detach().to(self.scores.dtype)
-        scores = scores.masked_fill(scores.isnan(), float("-inf"))
+        if scores.device.type != "cpu":  # there it was refused
+            scores = scores.nan_to_num(-INFINITY, INFINITY, -INFINITY)
         if rows is None and key.shape[2] == 1:
             with torch.no_grad():
                 return self._decode(key, value, scores)
@@ -249,13 +258,12 @@ class KeyStore(Slots):
         """One token of every row: fixed shapes once the slots are full, no host synchronisation."""
         widths = self._widths(key.shape[1])
         self._reserve(min(max(self.seen) + 1, max(widths)))
-        own = self._tensors["next"][:, None]  # position of the new key
-        slot = own.expand(-1, key.shape[1]).long()
+        own = self._tensors["next"][:, None, None]  # position of the new key
+        own_key = own.expand(-1, key.shape[1], 1)
         if max(self.seen) >= min(widths):
-            slot, key, value, scores, own_key = self._replace(own, slot, key, value, scores)
+            slot, key, value, scores, own_key = self._replace(widths, own_key, key, value, scores)
         else:
-            own_key = own[..., None].expand(-1, key.shape[1], 1)
-        slot = slot[..., None]
+            slot = own_key.long()
         self.keys.scatter_(2, slot[..., None].expand_as(key), key)
         self.values.scatter_(2, slot[..., None].expand_as(value), value)
         self.scores.scatter_(2, slot, scores)
@@ -265,29 +273,41 @@ class KeyStore(Slots):
         return self._read(widths)
 
     def _replace(
-        self, own: Tensor, slot: Tensor, key: Tensor, value: Tensor, scores: Tensor
+        self, widths: list[int], own_key: Tensor, key: Tensor, value: Tensor, scores: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """In full heads the new key's slot is that of the key that dies: worst, then oldest."""
-        retention = self.retention
-        width = self._tensors["width"]
-        position = own[..., None]
-        full = own >= width
-        pool = (self.positions >= retention.sinks) & (self.positions <= position - retention.window)
-        ranked = retention.compared(self.scores)
-        worst = ranked.masked_fill(~pool, float("inf")).amin(-1, keepdim=True)
-        tied = pool & (ranked == worst)
-        victim = self.positions.masked_fill(~tied, LifetimeMask.INF).argmin(-1)
-        slot = torch.where(full, victim, slot.clamp(max=self.slots - 1))
-        own_key = position.expand(-1, key.shape[1], 1)
-        if retention.window == 0:  # the new key itself may be outranked by all
-            outranked = (worst > retention.compared(scores)) | ~pool.any(-1, keepdim=True)
-            stays = full[..., None] & outranked
-            at = slot[..., None]
-            key = torch.where(stays[..., None], gather_keys(self.keys, at), key)
-            value = torch.where(stays[..., None], gather_keys(self.values, at), value)
-            scores = torch.where(stays, self.scores.gather(-1, at), scores)
-            own_key = torch.where(stays, self.positions.gather(-1, at), own_key)
+        ranked, pool = self.retention.compared(self.scores), self._pool(widths, own_key)
+        inside = ranked if pool is None else torch.where(pool, ranked, INFINITY)
+        worst = inside.amin(-1, keepdim=True)
+        tied = ranked == worst
+        if pool is not None:
+            tied &= pool
+        slot = torch.where(tied, self.positions, LifetimeMask.INF).argmin(-1, keepdim=True)
+        full = None
+        if min(self.seen) < max(widths):  # some head of some row has room
+            full = own_key >= self._tensors["width"][:, None]
+            slot = torch.where(full, slot, own_key.long().clamp(max=self.slots - 1))
+        if self.retention.window == 0:  # the new key itself may be outranked by all
+            stays = worst > self.retention.compared(scores)
+            if pool is not None:
+                stays |= ~pool.any(-1, keepdim=True)
+            if full is not None:
+                stays &= full
+            key = torch.where(stays[..., None], gather_keys(self.keys, slot), key)
+            value = torch.where(stays[..., None], gather_keys(self.values, slot), value)
+            scores = torch.where(stays, self.scores.gather(-1, slot), scores)
+            own_key = torch.where(stays, self.positions.gather(-1, slot), own_key)
         return slot, key, value, scores, own_key
+
+    def _pool(self, widths: list[int], own_key: Tensor) -> Tensor | None:
+        """Slots of keys that may die, bool [b, g, slots]; None for all."""
+        retention, pool = self.retention, None
+        if retention.sinks or min(min(self.seen), min(widths)) < self.slots:  # or empty ones
+            pool = self.positions >= retention.sinks
+        if retention.window > 1:  # its first key is the new one
+            aged = self.positions <= own_key - retention.window
+            pool = aged if pool is None else pool & aged
+        return pool
 
     def _read(self, widths: list[int]) -> Live:
         """All live keys, for one query in each row."""
@@ -298,12 +318,20 @@ class KeyStore(Slots):
         )
         near = self.limit is None or max(self.seen) <= self.limit
         if same and near:
-            return Live(k, v, s, LifetimeMask.causal(count, 1, device=k.device), p)
+            return Live(k, v, s, self._all_of(count), p)
         visible = p >= 0
         if self.limit is not None:
             visible &= p > self._tensors["next"][:, None, None] - 1 - self.limit
         death = torch.where(visible, LifetimeMask.INF, 0).to(torch.int32)
         return Live(k, v, s, LifetimeMask(death, 1, most=count), p)
+
+    def _all_of(self, count: int) -> LifetimeMask:
+        """The mask of one query that reads ``count`` keys; the same one while they stay so many."""
+        mask, device = self._mask, self.keys.device
+        if mask is None or mask.keys != count or mask.death.device != device:
+            with torch.inference_mode(False):  # later calls may keep it for their gradients
+                self._mask = mask = LifetimeMask.causal(count, 1, device=device)
+        return mask
 
     def replayed(self, steps: int = 1) -> None:
         """Tell the host of decoding steps that a captured CUDA graph repeated.

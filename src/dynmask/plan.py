@@ -322,26 +322,28 @@ def row_words(tiles: Tiles) -> Tensor:
 
 
 def compact(
-    keys: Tensor, full: Tensor, partial: Tensor, cap: int | None = None
+    keys: Tensor, full: Tensor, partial: Tensor | None, cap: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lists of the flagged keys, the full ones first, each part in the order of ``keys``.
 
     Args:
         keys: int [..., n].
-        full, partial: bool [..., n], disjoint.
+        full, partial: bool [..., n], disjoint; ``partial`` None where none is.
         cap: capacity of the lists; their longest when None, which waits for the device.
 
     Returns:
         slot: int64 [..., n], place of each key in its list; ``cap`` where it is in none.
         full count and total count: int32 [...].
     """
-    fulls = full.sum(-1, dtype=torch.int32)
-    count = fulls + partial.sum(-1, dtype=torch.int32)
+    fulls = count = full.sum(-1, dtype=torch.int32)
+    slot, listed = full.cumsum(-1), full
+    if partial is not None:
+        count = fulls + partial.sum(-1, dtype=torch.int32)
+        slot = torch.where(full, slot, fulls[..., None] + partial.cumsum(-1))
+        listed = full | partial
     if cap is None:
         cap = int(count.max()) if count.numel() else 0
-    slot = torch.where(full, full.cumsum(-1), fulls[..., None] + partial.cumsum(-1)) - 1
-    slot = torch.where(full | partial, slot, torch.full_like(slot, cap))
-    return slot, fulls, count
+    return torch.where(listed, slot - 1, cap), fulls, count
 
 
 def place(values: Tensor, slot: Tensor, cap: int, fill: int) -> Tensor:

@@ -149,7 +149,7 @@ class RaggedStore(Rows):
         index, heads, slots = [], [], []
         most = max(self._columns[head] for head in part.heads)
         every = torch.arange(keys, device=device)
-        where, _, _ = compact(every, lasting, torch.zeros_like(lasting), most)
+        where, _, _ = compact(every, lasting, None, most)
         columns = place(every, where, most, keys)  # `keys` where there is none
         starts = self._layout(torch.device("cpu"))[0].tolist()
         for number, head in enumerate(part.heads):
@@ -223,12 +223,16 @@ class RaggedStore(Rows):
                 self.seen[row] += 1
             self._reserve(max(self.seen))
             after, layout = self._tensors["next"][:, None], self._tensors["layout"]
-            first = after < self.sinks
-            slot = torch.where(first, layout[0] + after, layout[2] + after % layout[3])
+            slot = layout[2] + after % layout[3]
+            first = after < self.sinks if min(self.seen) <= self.sinks else None
+            if first is not None:
+                slot = torch.where(first, layout[0] + after, slot)
             self.keys.scatter_(1, slot[..., None].expand(-1, -1, key.shape[3]), key[:, :, 0])
             self.values.scatter_(1, slot[..., None].expand(-1, -1, value.shape[3]), value[:, :, 0])
             death = (after[..., None] + self._tensors["windows"]).clamp(max=INF)
-            death = death.masked_fill(first[..., None], INF).int().transpose(1, 2)
+            if first is not None:
+                death = death.masked_fill(first[..., None], INF)
+            death = death.int().transpose(1, 2)
             self._tensors["death"].scatter_(2, slot[:, None].expand_as(death), death)
             self.positions.scatter_(1, slot, after.expand_as(slot).contiguous())
             step(self._tensors["next"], active)
@@ -244,10 +248,12 @@ class RaggedStore(Rows):
         slot = torch.arange(longest, device=death.device)
         index = (layout[0][:, None] + slot).clamp(max=total - 1)  # [g, longest]
         own = (self._tensors["next"] - 1)[:, None, None, None]
-        seen = (death[:, :, index] > own) & (own >= 0) & (slot < layout[1][:, None])
+        seen = (death[:, :, index] > own) & (slot < layout[1][:, None])
+        if not min(self.seen):
+            seen &= own >= 0
         seen = seen.permute(2, 1, 0, 3).flatten(0, 1)  # [h, b, longest]
-        where, full, count = compact(slot, seen, torch.zeros_like(seen), longest)
-        lists = index.int().repeat_interleave(members, 0)[:, None]
+        where, full, count = compact(slot, seen, None, longest)
+        lists = index.int()[:, None].expand(-1, members, -1).reshape(len(seen), 1, longest)
         row = torch.arange(batch, dtype=torch.int32, device=death.device)
         plan = Plan(
             batch=row,

@@ -145,12 +145,14 @@ class PairScore(Score):
         """Scores [b, g, k] of keys before rotation and values, both [b, g, k, d]."""
         with torch.autocast(value.device.type, enabled=False):
             parts = zip(_parts(key), _parts(value), strict=True)
-            return torch.cat([self._score(k, v) for k, v in parts], -1)
+            found = [self._score(k, v) for k, v in parts]
+            return found[0] if len(found) == 1 else torch.cat(found, -1)
 
     def _score(self, key: Tensor, value: Tensor) -> Tensor:
         dtype = _dtype(value)
-        pair = [_unit(key.to(dtype)), _unit(value.to(dtype))]
-        x = torch.cat([unit for unit, _ in pair] + [size for _, size in pair], -1)
+        # in one, for a decoded token waits for every operation
+        units, sizes = _unit(torch.stack([key.to(dtype), value.to(dtype)]))
+        x = torch.cat([*units, *sizes], -1)
         hidden = nn.functional.silu(x @ self.w_in.to(dtype) + self.b_in.to(dtype))
         return (hidden @ self.w_out.to(dtype))[..., 0]
 

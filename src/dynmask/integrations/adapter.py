@@ -236,7 +236,8 @@ class Adapter:
         policy, where = site.policy, site.where
         store = cache.store(site.module, site.index, policy, where, linear, query.shape[0])
         rows = slice(0, query.shape[0])
-        unrotate = unrotate_of(site.module, site.call, rows, slice(0, query.shape[2]), 0)
+        new = slice(0, query.shape[2])
+        unrotate = unrotate_of(site.module, site.call, rows, new, 0, where.memo)
         first_key = min(where.first_keys, default=0)
         layer = Layer(site.index, first_key, unrotate)
         own_window = chooses(policy, site.index) and where.window is not None

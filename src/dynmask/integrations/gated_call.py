@@ -316,7 +316,8 @@ class GatedCall:
         if not self.live:
             return None
         rows, new = slice(0, self.batch), slice(0, self.n)
-        unrotate = unrotate_of(self.site.module, self.site.call, rows, new, 0)
+        memo = self.site.where.memo
+        unrotate = unrotate_of(self.site.module, self.site.call, rows, new, 0, memo)
         layer = Layer(self.plan.index, unrotate=unrotate)
         return self.plan.policy.score(self.key, self.value, layer)
 

@@ -16,7 +16,7 @@ from .calls import Call
 RESCALED = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies change with the length that was seen."""
 
-_styles: weakref.WeakKeyDictionary[type, Callable[..., Tensor]] = weakref.WeakKeyDictionary()
+_styles: weakref.WeakKeyDictionary[type, Callable[..., Any]] = weakref.WeakKeyDictionary()
 _sources: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()
 _rotaries: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]] = (
     weakref.WeakKeyDictionary()
@@ -31,7 +31,12 @@ def learn_rotaries(model: nn.Module, modules: list[nn.Module]) -> None:
 
 
 def unrotate_of(
-    module: nn.Module, call: Call, rows: slice, columns: slice, first_key: int
+    module: nn.Module,
+    call: Call,
+    rows: slice,
+    columns: slice,
+    first_key: int,
+    memo: dict | None = None,
 ) -> Callable[[Tensor], Tensor] | None:
     """The inverse of the rotation at a call's positions, for the keys of some of its tokens.
 
@@ -41,6 +46,7 @@ def unrotate_of(
         rows: batch rows.
         columns: new tokens.
         first_key: position of the first key where no position ids are known.
+        memo: of a forward, for a decoded token: its layers of equal rotation share what undoes it.
 
     Returns:
         From rotated keys [b, g, k, d], the new tokens last, to keys before rotation in float32;
@@ -70,21 +76,42 @@ def unrotate_of(
             c, s = (torch.cat([x.to(y), y], 1) for x, y in zip(old, (c, s), strict=True))
         with torch.no_grad():
             wide = torch.promote_types(key.dtype, torch.float32)
-            back = _style(module, *call.rotary)  # type: ignore[misc]
-            return back(key.to(wide), c.to(wide), s.to(wide))
+            style = _style(module, *call.rotary)  # type: ignore[misc]
+            shared = memo if past <= 0 and cos.shape[1] == 1 else None
+            kept = None if shared is None else shared.get(("unrotate", style, wide))
+            if kept is None or kept[0] is not call.rotary[0]:  # type: ignore[index]
+                kept = call.rotary[0], *_inverse(*style(c.to(wide), s.to(wide)))  # type: ignore[index]
+                if shared is not None:
+                    shared["unrotate", style, wide] = kept
+            return _turn(key.to(wide), *kept[1:])
 
     return unrotate
 
 
-def _halves(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Back from the usual rotation: the first r dimensions, in two halves."""
-    cos, sin = cos[:, None], sin[:, None]
+def _whole(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The usual rotation's cos and sin [b or 1, n, r]: the first r dimensions, in two halves."""
+    return cos, sin
+
+
+def _doubled(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of [b or 1, n, r / 2], which both halves share."""
+    return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+
+
+def _inverse(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """What turns keys back: [b or 1, 1, n, r] each."""
+    # attention scaling and rounding are in both: the sum of the squares takes them out
+    square = cos * cos + sin * sin
+    return (cos / square)[:, None], (sin / square)[:, None]
+
+
+def _turn(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys [b, g, n, d] whose first r dimensions are turned by what :func:`_inverse` gave."""
     size = cos.shape[-1]
     turned, rest = key[..., :size], key[..., size:]
     low, high = turned.chunk(2, -1)
-    # attention scaling and rounding are in both: the sum of the squares takes them out
-    back = (turned * cos + torch.cat([high, -low], -1) * sin) / (cos * cos + sin * sin)
-    return torch.cat([back, rest], -1)
+    back = torch.addcmul(turned * cos, torch.cat([high, -low], -1), sin)
+    return torch.cat([back, rest], -1) if rest.shape[-1] else back
 
 
 def turn_back(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -92,11 +119,11 @@ def turn_back(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     The first r dimensions were turned, in two halves.
     """
-    return _halves(key, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
+    return _turn(key, *_inverse(*_doubled(cos, sin)))
 
 
-def _style(module: nn.Module, cos: Tensor, sin: Tensor) -> Callable[..., Tensor]:
-    """The inverse that undoes the model's own rotation of a random key."""
+def _style(module: nn.Module, cos: Tensor, sin: Tensor) -> Callable[..., Any]:
+    """How cos and sin are meant: as the one undoes the model's own rotation of a random key."""
     kind = type(module)
     if kind in _styles:
         return _styles[kind]
@@ -111,10 +138,11 @@ def _style(module: nn.Module, cos: Tensor, sin: Tensor) -> Callable[..., Tensor]
                 turned = apply(part, part, cos, sin)[1]
             except (RuntimeError, TypeError):
                 continue
-            for style in (_halves, turn_back):
-                if 2 * cos.shape[-1] > part.shape[-1] and style is turn_back:
+            for style in (_whole, _doubled):
+                if 2 * cos.shape[-1] > part.shape[-1] and style is _doubled:
                     continue
-                if torch.allclose(style(turned, cos, sin), part, rtol=1e-3, atol=1e-3):
+                back = _turn(turned, *_inverse(*style(cos, sin)))
+                if torch.allclose(back, part, rtol=1e-3, atol=1e-3):
                     if bool((sin.abs() > 0.01).any()):  # position 0 alone tells nothing
                         _styles[kind] = style
                     return style

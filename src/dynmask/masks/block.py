@@ -292,5 +292,5 @@ def block_lists(
         cap = kb.numel() if most is None else min(most, kb.numel())
         return ops.block_lists(chosen, block_q, block_k, keys, first, cap)
     chosen = (chosen & past) | own
-    slot, _, count = compact(kb, chosen, torch.zeros_like(chosen))
+    slot, _, count = compact(kb, chosen, None)
     return place(kb.int(), slot, int(count.max()), -1)

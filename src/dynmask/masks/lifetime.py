@@ -363,7 +363,7 @@ class LifetimeMask(Mask):
         k = torch.arange(stop, device=self.device)
         death = self.death[..., :stop]
         seen = (death > k) & (death > first)
-        slot, _, count = compact(k, seen, torch.zeros_like(seen))
+        slot, _, count = compact(k, seen, None)
         return place(k, slot, int(count.max()), self.keys)
 
 
