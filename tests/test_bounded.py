@@ -10,9 +10,12 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from transformers import DynamicCache  # noqa: E402
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # noqa: E402
 
 import dynmask  # noqa: E402
 from dynmask import BoundedCache, GatedCache, HeavyHitterCache, convert, sparsify  # noqa: E402
+from dynmask.integrations.calls import Call  # noqa: E402
+from dynmask.integrations.rotary import unrotate_of  # noqa: E402
 from dynmask.nn import Retention  # noqa: E402
 from dynmask.policies import H2O, Causal, Gated, Streaming  # noqa: E402
 from dynmask.policies.gates import Gates  # noqa: E402
@@ -316,6 +319,20 @@ def test_unrotate_gives_keys_before_rotation(name, bounded):
         for i in range(3):
             expected = new[i] if bounded else torch.cat(new[: i + 1], 2)
             torch.testing.assert_close(given[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_of_two_rotations_share_no_inverse():
+    model = tiny_llama()
+    module, memo = model.model.layers[0].self_attn, {}
+    key = torch.randn(1, 2, 1, module.head_dim)
+    for position in (3, 8, 3):
+        ids = torch.tensor([[position]])
+        cos, sin = model.model.rotary_emb(key, ids)
+        turned = apply_rotary_pos_emb(key, key, cos, sin)[1]
+        call = Call(None, (cos, sin), ids)
+        for _ in range(2):
+            back = unrotate_of(module, call, slice(0, 1), slice(0, 1), 0, memo)(turned)
+            torch.testing.assert_close(back, key, **CLOSE)
 
 
 def test_rotations_that_are_not_understood_are_refused():

@@ -178,6 +178,17 @@ def test_bytes_stop_growing_at_width_tokens():
     assert store.slots == 48
 
 
+@pytest.mark.parametrize("window", [0, 1])
+def test_empty_slots_of_a_narrow_head_are_no_keys(window):
+    """Scores above 0, that of an empty slot."""
+    q, k, v, s = tensors(1, 2, 2, N)
+    retention = Retention((3, 9), window)
+    store = KeyStore(retention)
+    out = in_pieces(store, q, k, v, s.exp(), range(1, N))
+    torch.testing.assert_close(out, whole(q, k, v, s.exp(), retention), **EXACT)
+    assert (store.positions >= 0).sum(-1).tolist() == [[3, 9]]
+
+
 def test_a_short_prompt_takes_few_slots():
     store = KeyStore(Retention(4096, 8, 2))
     store.attend(*tensors(1, 2, 1, 5))

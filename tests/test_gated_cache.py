@@ -487,6 +487,17 @@ def test_slots_are_used_again_and_hold_what_is_read(windows, sinks, seen, steps,
             first += counts[row][g]
 
 
+def test_a_row_that_has_no_token_yet_reads_nothing():
+    store = RaggedStore([[4], [2]], 1)
+    key = torch.randn(2, 2, 3, 4)
+    death = torch.full((1, 2, 1, 3), INF, dtype=torch.int32)
+    at = torch.arange(3)[None, None]
+    store.fill(2, [Part([1], range(2), at, key[1:], key[1:], death, 3)])
+    for _ in range(3):
+        store.add(key[:, :, :1], key[:, :, :1], [1])
+        assert store.read()[2].count.tolist()[0][0] == 0 < store.read()[2].count.min(0).values[1]
+
+
 def test_few_tokens_copy_the_keys_of_heads_that_keep_all():
     store, copies = WholeStore(), 0
     key = torch.randn(2, 1, 400, 3)
