@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, DynamicCache
 
+from dynmask import BoundedCache, GatedCache
 from dynmask.card import FILE_NAME, MaskCard, describe_model, fingerprint
-from dynmask.card_kinds import pack_bits, unpack_bits
+from dynmask.card_kinds import pack_bits, unpack_bits, use_of
 from tests.tiny import tiny_llama, tiny_qwen3
 
 LAYERS, HEADS, LENGTH = 2, 4, 12
@@ -143,6 +145,29 @@ def test_repr_and_readme_tell_what_it_is(saved: Path):
     )
     readme = (saved.parent / "README.md").read_text()
     assert "# Mask card: dam for llama" in readme and "25.00%" in readme
+
+
+MODELS = Path(__file__).resolve().parent.parent / "models"
+
+
+@pytest.mark.parametrize("name", ["retained", "gated", "gated-scores"])
+@torch.no_grad()
+def test_the_code_in_a_cards_readme_runs_and_frees_what_the_card_drops(name: str):
+    folder = MODELS / f"dynmask-reference-{name}"
+    card = MaskCard.from_pretrained(folder)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert code.endswith(f"{use_of(card.header)}\n")
+    model = AutoModelForCausalLM.from_pretrained(MODELS / "dynmask-reference")
+    ids = torch.randint(9, 4_000, (1, 1_400), generator=torch.Generator().manual_seed(0))
+    result, caches = {"max_new_tokens": 2, "return_dict_in_generate": True}, []
+    keep = model.generate
+    model.generate = lambda **given: caches.append(keep(**given).past_key_values)  # type: ignore
+    exec(code.replace("path/to/this/folder", str(folder)),
+         {"model": model, "inputs": {"input_ids": ids, **result}})  # fmt: skip
+    held = {"retained": BoundedCache, "gated-scores": GatedCache}.get(name, DynamicCache)
+    assert type(caches[0]) is held
+    if held is not DynamicCache:
+        assert caches[0].nbytes < 0.9 * 8 * 2 * 2 * 64 * 4 * ids.shape[1]
 
 
 # Writing

@@ -53,6 +53,7 @@ from dynmask.card_kinds import (
     require,
     section,
     unpack_bits,
+    use_of,
 )
 
 FILE_NAME = "mask_card.safetensors"
@@ -303,8 +304,7 @@ import dynmask
 
 card = dynmask.MaskCard.from_pretrained("path/to/this/folder")
 card.check(model)
-with dynmask.sparsify(model, card.policy()):
-    model.generate(**inputs)
+{use_of(self.header)}
 ```
 """
 

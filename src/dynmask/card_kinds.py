@@ -221,6 +221,19 @@ def judged_of(header: dict[str, Any]) -> str:
     return f", {header['judged']} tokens judged, {header.get('decoded', 0)} read as decoded ones"
 
 
+def use_of(header: dict[str, Any]) -> str:
+    """The lines of Python that generate under a card, with the cache that frees what it drops."""
+    decode = header["settings"].get("decode") or "full"
+    options = "" if decode == "full" else f'decode="{decode}"'
+    cache = {"retained": "BoundedCache", "gated": options and "GatedCache"}.get(header["policy"])
+    if not cache:
+        return "with dynmask.sparsify(model, card.policy()):\n    model.generate(**inputs)"
+    return (
+        f"with dynmask.sparsify(model, card.policy({options})) as run:\n"
+        f"    model.generate(**inputs, past_key_values=dynmask.{cache}(run))"
+    )
+
+
 def slashes_in(settings: dict[str, Any]) -> bool:
     """Whether the settings of a gated card offer diagonals; such a card has a table of them."""
     budgets = settings.get("budgets", ())
