@@ -171,6 +171,13 @@ def _named(mask: str, layout: str = "", keys: int = 0) -> str:
 GOALS = (
     *_top_w_goals(),
     Goal(
+        _named("top_w", keys=8192),
+        "forward at 8,192, w 1024, selection included, against Doge's own sdpa path",
+        10.0,
+        against=("doge (transformers)",),
+        issue=3,
+    ),
+    Goal(
         _named("top_w", keys=131072),
         "exact top-w 131,072 / w 2048 forward: kept work per second, everything included",
         400.0,
