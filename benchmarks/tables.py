@@ -611,7 +611,7 @@ def recall(rows: list[dict[str, Any]] | None = None) -> str:
             values = found.get((case, tokens, pairs, width, mixer, hidden), [])
             text = f"{100 * statistics.mean(values):.1f}" if values else "-"
             if len(values) > 1:
-                text += f" ({100 * min(values):.0f} to {100 * max(values):.0f})"
+                text += f" ({100 * min(values):.1f} to {100 * max(values):.1f})"
             cells.append(text)
         lines.append(f"| {case} | {tokens:,} | {pairs} | {width} | {hidden} | "
                      f"{' | '.join(cells)} |")  # fmt: skip

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -75,6 +76,8 @@ def test_help_has_examples(command, capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert "examples:" in text and f"dynmask {command}" in text and "--debug" in text
+    examples = text.partition("examples:")[2]
+    assert not re.search(r"\S {2,}--", examples), "a line goes on with a backslash that is printed"
 
 
 def test_version_and_no_command(capsys):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -317,6 +318,19 @@ def test_cells_run_once_and_take_the_best_rate():
     assert {c.rate for c in left[1:]} == {max(mqar.RATES)}
     assert len({c.key for c in left}) == len(left)
     assert not {c.key for c in left} & {tuple(row["key"]) for row in rows}
+
+
+@pytest.mark.parametrize("seeds", [(0.05078, 0.04517), (0.9968, 0.9971), (0.0004, 0.0115), (0.5,)])
+def test_mqar_table_has_means_within_their_ranges(seeds):
+    case = asdict(mqar.CASES[0])
+    rows = [{"case": case, "mixer": "dma", "hidden": 64, "seed": seed, "accuracy": right}
+            for seed, right in enumerate(seeds)]  # fmt: skip
+    mean, *ends = map(float, re.findall(r"\d+\.\d", mqar.recall(rows).splitlines()[2]))
+    assert mean == pytest.approx(100 * sum(seeds) / len(seeds), abs=0.051)
+    assert len(ends) == (2 if len(seeds) > 1 else 0)
+    if ends:
+        assert ends == pytest.approx([100 * min(seeds), 100 * max(seeds)], abs=0.051)
+        assert ends[0] <= mean <= ends[1]
 
 
 @pytest.mark.parametrize("case", mqar.CASES, ids=str)

@@ -53,7 +53,7 @@ examples:
       --policy full --policy streaming --policy dam:my-card
   dynmask evaluate --model MODEL --task longeval --longeval-file 200_lines.jsonl --n 50
   dynmask evaluate --model MODEL --task perplexity --text book.txt --length 16384
-  dynmask evaluate --model MODEL --task needle --length 16384 --policy full \
+  dynmask evaluate --model MODEL --task needle --length 16384 --policy full \\
       --policy retained:my-card,width=256 --policy retained:my-card,width=1024
   dynmask evaluate --model MODEL --task lm_eval:arc_easy --n 100 --out results
 """
