@@ -303,7 +303,11 @@ def main() -> None:
         "--cards", type=Path, nargs="*", help="default: MODEL-gated, if it is there"
     )
     parser.add_argument(
-        "--decode", nargs="+", default=[], choices=("select", "keep"), help="decoding so as well"
+        "--decode",
+        nargs="+",
+        default=[],
+        choices=("full", "select", "keep"),
+        help="decoding so as well",
     )
     parser.add_argument("--policies", nargs="+", metavar="SPEC", help="these, and no gated ones")
     parser.add_argument(

@@ -217,10 +217,11 @@ def test_score_heads_that_are_of_no_use_are_refused_before_the_model_runs(model,
             calibrate_gates(settings=wanted, scores=scores, **given)
 
 
-def test_how_a_card_was_judged_does_not_say_how_it_is_used(card):
+def test_a_card_decodes_as_it_was_judged_unless_it_is_told(card):
     settings = card.header["settings"] | {"decode": "keep"}
     judged = dynmask.MaskCard(card.header | {"settings": settings}, card.tensors)
-    assert judged.policy().decode == "full"
+    assert judged.policy().decode == "keep"
+    assert judged.policy(decode="full").decode == card.policy(decode="full").decode == "full"
     assert judged.policy(soft=True, decode="select").soft  # which keep rules out
     with pytest.raises(ValueError, match="soft: expected decode='full' or 'select'"):
         judged.policy(soft=True, decode="keep")
@@ -327,7 +328,8 @@ def test_the_command_takes_a_card_of_score_heads(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(judged) == 0
     said = capsys.readouterr().err
-    assert f"use it with --policy gated:{out},decode=select" in said
+    assert f"use it with --policy gated:{out}\n" in said
+    assert parse(f"gated:{out}").decode == "select"
     assert "documents of 140 tokens are short: they chose nothing" in said
     assert MaskCard.from_pretrained(out).header["settings"]["decode"] == "select"
     other = ["calibrate", "--model", model, "--scores", kept, "--out", str(tmp_path / "dam")]

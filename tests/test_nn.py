@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -355,6 +356,17 @@ def test_rotation_may_cover_a_part_of_the_head():
     q, k = nn.rotate(query, key, cos, sin)
     assert torch.equal(q[..., 4:], query[..., 4:]) and not torch.equal(q[..., :4], query[..., :4])
     torch.testing.assert_close(k.norm(dim=-1), key.norm(dim=-1))
+
+
+def test_sequences_without_a_key_to_judge_are_told():
+    layer = DynamicMaskAttention(16, 2, 1, width=8, window=2, sinks=0, retention_after=20)
+    with pytest.warns(UserWarning, match="20 tokens after it; give longer sequences"):
+        layer(torch.randn(1, 20, 16))
+    assert float(collect_retention_loss(layer)) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(torch.randn(1, 21, 16))
+        layer.eval()(torch.randn(1, 20, 16))
 
 
 @pytest.mark.parametrize("form", ["exp", "linear"])

@@ -134,8 +134,8 @@ class MaskCard:
         Options of a retained card: `width`, keys that a query reads (the card's own when left
         out), and `budget`, "even" (the default: the same width for every head) or "per_head"
         (widths whose mean is `width`, chosen by how much attention mass each head captures with
-        more keys). A DAM card takes `share_group`; a gated one `guard`, `soft` and `strength` in
-        place of its own, `decode` and `dense_up_to`, see `dynmask.policies.Gated`.
+        more keys). A DAM card takes `share_group`; a gated one `guard`, `soft`, `strength` and
+        `decode` in place of its own, and `dense_up_to`, see `dynmask.policies.Gated`.
 
         Raises ValueError for an unknown option or a width that does not fit.
         """

@@ -223,13 +223,12 @@ def judged_of(header: dict[str, Any]) -> str:
 
 def use_of(header: dict[str, Any]) -> str:
     """The lines of Python that generate under a card, with the cache that frees what it drops."""
-    decode = header["settings"].get("decode") or "full"
-    options = "" if decode == "full" else f'decode="{decode}"'
-    cache = {"retained": "BoundedCache", "gated": options and "GatedCache"}.get(header["policy"])
+    drops = header["settings"].get("decode", "full") != "full"
+    cache = {"retained": "BoundedCache", "gated": drops and "GatedCache"}.get(header["policy"])
     if not cache:
         return "with dynmask.sparsify(model, card.policy()):\n    model.generate(**inputs)"
     return (
-        f"with dynmask.sparsify(model, card.policy({options})) as run:\n"
+        "with dynmask.sparsify(model, card.policy()) as run:\n"
         f"    model.generate(**inputs, past_key_values=dynmask.{cache}(run))"
     )
 

@@ -112,9 +112,10 @@ class GatedSettings:
         soft, strength: of the policy; columns alone can be soft, so budgets must have no blocks and
             no diagonals. The card's ``kl_hard`` is then the divergence of the same gates without.
         decode: under what ``decode`` of the policy answers are judged, where the calibration is
-            told what is answer (``decoded`` of :func:`dynmask.budgets.calibrate_gates`). What a
-            card is used with, that it should be judged with: under "full" an answer costs nothing
-            that maps have evicted after the prompt. Under the others it is read token by token.
+            told what is answer (``decoded`` of :func:`dynmask.budgets.calibrate_gates`), and what
+            the card's policy decodes with unless it is told otherwise. Under "full" an answer costs
+            nothing that maps have evicted after the prompt. Under the others it is read token by
+            token.
 
     Raises:
         ValueError: a value of the wrong type or out of range.
@@ -255,18 +256,18 @@ def settings_of(header: dict[str, Any]) -> GatedSettings:
 
 def gated_of(
     card: MaskCard,
-    decode: Literal["full", "select", "keep"] = "full",
+    decode: Literal["full", "select", "keep"] | None = None,
     dense_up_to: int = 0,
     **options: Any,
 ) -> Gated:
-    """The policy of a gated card; ``guard`` in place of the card's own.
+    """The policy of a gated card; ``decode`` and ``guard`` in place of the card's own.
 
     A card that was made before there were guards promises nothing.
     """
     names = [item.name for item in fields(Gates) if item.name in card.tensors]
     gates = Gates(**{name: card.tensors[name] for name in names})
-    # how it was judged says nothing of how it may be used
-    settings = replace(settings_of(card.header["settings"]), decode="full", **options)
+    given = settings_of(card.header["settings"])
+    settings = replace(given, decode="full", **options)
     promise = card.header.get("least_mass")
     promise = None if promise is None else torch.tensor(promise, dtype=torch.float32)
     scores = None
@@ -275,6 +276,7 @@ def gated_of(
         named = {n.removeprefix(prefix): t for n, t in card.tensors.items() if n.startswith(prefix)}
         scores = modules_of(told, card.header["model"], named, told["layers"])
     policy = settings.policy(gates, promise, _encoders_of(card, settings), scores)
+    decode = given.decode if decode is None else decode
     return replace(policy, decode=decode, dense_up_to=dense_up_to, card=card)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -144,6 +145,12 @@ def retention_loss_of(
     # A row is of use when a key that is to be judged lies far enough before it.
     first = max(keys - queries, sinks + after)
     if first >= keys:
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f"the retention loss of a sequence is 0: it has no key behind {sinks} sinks with "
+                f"{after} tokens after it; give longer sequences, or a smaller retention_after",
+                stacklevel=2,
+            )
         return scores.sum() * 0
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):

@@ -183,7 +183,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--decode",
         choices=("full", "select", "keep"),
         default="full",
-        help="with --decoded: what these tokens read, as the card will be used (full: every key)",
+        help="with --decoded: what these tokens read, and decoded ones under the card (full: all)",
     )
     gated.add_argument(
         "--guard",
@@ -363,8 +363,7 @@ def _gated(arguments: argparse.Namespace, folder: Path) -> int:
             f"note: every map has the same budget, beside which documents of {card.length:,} "
             "tokens are short: they chose nothing; pass longer --lengths"
         )
-    decode = "" if arguments.decode == "full" else f",decode={arguments.decode}"
-    return _save(card, folder, arguments.json, f"use it with --policy gated:{folder}{decode}")
+    return _save(card, folder, arguments.json, f"use it with --policy gated:{folder}")
 
 
 def _chose(card: Any) -> bool:

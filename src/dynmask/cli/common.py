@@ -35,8 +35,9 @@ POLICY_HELP = (
     "retained:FOLDER or gated:FOLDER with a card made by dynmask calibrate; "
     "retained:FOLDER,width=512 keeps 512 keys, and budget=per_head spreads them over the heads; "
     "h2o keeps in prompts and while decoding the keys that received most attention; "
-    "gated chooses for prompts, decoded tokens read every key; gated:FOLDER,decode=select chooses "
-    "for them too, gated:FOLDER,decode=keep drops what the prompt's last queries did not choose, "
+    "gated chooses for prompts, decoded tokens read every key, or what the card was judged with; "
+    "gated:FOLDER,decode=select chooses for them too, gated:FOLDER,decode=keep drops what the "
+    "prompt's last queries did not choose, gated:FOLDER,decode=full reads every key, "
     "and gated:FOLDER,dense_up_to=8192 reads inputs of so many tokens whole"
 )
 

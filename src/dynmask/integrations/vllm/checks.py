@@ -44,7 +44,7 @@ def check_policy(policy: Any, config: Any, card_model: dict[str, Any] | None = N
         raise bad(
             "gated: decode", "'full' or 'select' under vLLM, whose cache drops no single keys",
             "'keep'",
-            "Leave decode=keep out.",
+            "Say decode=full or decode=select.",
         )  # fmt: skip
     if isinstance(policy, Gated) and policy.slashed:
         raise bad(
