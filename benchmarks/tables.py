@@ -4,6 +4,7 @@
 A test runs ``text()`` and compares, so a number in README cannot part from its result.
 """
 
+import argparse
 import json
 import math
 import re
@@ -667,6 +668,7 @@ def text(page: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0]).parse_args()
     for file in (README, PERFORMANCE, RETAINED, DMA, GENERATOR, LONG, DISTRIBUTED, SERVING):
         if file.exists():
             file.write_text(text(file.read_text()))

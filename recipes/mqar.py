@@ -33,6 +33,7 @@ import argparse
 import itertools
 import math
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -404,7 +405,8 @@ def main() -> None:
         options.steps, options.tokens, options.hidden, options.jobs = 3, 512, [64], 1
         options.budget = min(options.budget, 0.7)
         if options.results.parent == RESULTS:
-            options.results, options.plot = Path("/tmp/mqar.jsonl"), Path("/tmp/mqar.png")
+            folder = Path(tempfile.mkdtemp(prefix="mqar-"))
+            options.results, options.plot = folder / "mqar.jsonl", folder / "mqar.png"
     if not options.report:
         run_cells(
             lambda rows: order(options.steps, options.tokens, rows, options.hidden, options.mixers),

@@ -442,9 +442,11 @@ def _check_gains(policy: Gated, plans: list[LayerPlan], heads: int, offload: boo
     if policy.decode != "keep" and not freed and not blocks:
         raise bad(
             "GatedCache",
-            "a policy that leaves keys unread for good in some kv head, or chooses blocks",
-            "one whose every kv head has a dense map, one that chooses columns anew for each token "
-            "or maps that do not keep alike, or a model whose layers have sliding windows",
+            "a kv head whose maps all have a window and no columns, keep by one score alike, or "
+            "choose blocks",
+            f"none under decode={policy.decode!r}: any key may be read again"
+            if plans
+            else "a model whose layers all have sliding windows of their own",
             "Use decode='keep' (which has no dense_up_to), or leave the cache to generate().",
         )
 
