@@ -1,12 +1,14 @@
 """attention() by hand and its refusals."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dynmask import LifetimeMask, attention
 from dynmask.attention import choose
+from dynmask.kernels.cpu import cpu_attention
 from dynmask.kernels.reference import reference_attention
 from dynmask.masks.base import repeat_heads
 from dynmask.plan import Tiles
@@ -106,6 +108,25 @@ def test_decoding_reads_the_bias_and_no_key_beyond_its_lists():
     key[:, :, 0], value[:, :, 0] = float("nan"), float("nan")
     torch.testing.assert_close(attention(query, key, value, mask, bias, impl="cpu"), truth)
     assert not torch.allclose(attention(query, key, value, mask, impl="cpu"), truth)
+
+
+def test_decoding_gives_0_where_a_list_is_empty_or_biased_away():
+    death = T([[9, 9, 9, 9, 9], [0, 0, 0, 0, 0], [9, 0, 9, 0, 0]]).int()[None]
+    mask = LifetimeMask(death, 1)
+    query, key, value = torch.randn(2, 3, 1, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
+    bias = torch.zeros(2, 3, 5)
+    bias[:, 2] = float("-inf")
+    key[:, 1], value[:, 1] = float("nan"), float("nan")
+    out, lse = attention(query, key, value, mask, bias, impl="cpu", return_lse=True)
+    assert not out[:, 1:].any() and torch.isneginf(lse[:, 1:]).all()
+    whole = attention(query, key, value, LifetimeMask.causal(5, 1), impl="sdpa")
+    torch.testing.assert_close(out[:, 0], whole[:, 0])
+    plan = mask.expand(2).lower(tile=1)
+    listed = torch.arange(plan.index.shape[-1]) < plan.count[..., None]
+    plan = replace(plan, index=plan.index.masked_fill(~listed, 10**6))  # padding is anything
+    again = torch.empty_like(out)
+    cpu_attention(query, key, value, plan, bias, 8**-0.5, again, None)
+    torch.testing.assert_close(again, out)
 
 
 def test_values_may_be_wider_than_keys():

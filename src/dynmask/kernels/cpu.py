@@ -106,10 +106,11 @@ def _single_rows(
     lists = max(plan.heads, groups, 1 if bias is None else bias.shape[1])
     batch, row = plan.batch.long(), plan.row.long()
     number = torch.arange(lists, device=query.device)
-    keys = plan.index.long()[number * plan.heads // lists].transpose(0, 1)  # [t, lists, n]
-    count = plan.count[number * plan.heads // lists].T
-    listed = torch.arange(keys.shape[-1], device=query.device) < count[..., None]
-    keys = keys.masked_fill(~listed, 0)  # padding may be anything
+    keys = plan.index[number * plan.heads // lists].transpose(0, 1).long()  # [t, lists, n]
+    count = plan.count[number * plan.heads // lists].T[..., None]
+    listed = torch.arange(keys.shape[-1], device=query.device) < count
+    # padding may be anything: in its place stands a key that is read, 0 where none is
+    keys = torch.where(listed, keys, keys[..., :1].masked_fill(count == 0, 0))
 
     def take(x: Tensor) -> Tensor:  # x [b, heads', k, ...] -> [t, lists, n, ...]
         return x[batch[:, None, None], (number * x.shape[1] // lists)[:, None], keys].to(dtype)
@@ -120,9 +121,9 @@ def _single_rows(
         logits = logits + take(bias)[:, :, None]
     logits = logits.masked_fill(~listed[:, :, None], float("-inf"))
     norm = logits.logsumexp(-1)
-    safe = norm.masked_fill(norm == float("-inf"), 0)  # a row that sees no key gives 0
-    weights = (logits - safe[..., None]).exp()
-    result = weights @ take(value).masked_fill(~listed[..., None], 0)
+    weights = (logits - norm[..., None]).exp()
+    empty = norm[..., None] == float("-inf")  # a row that sees no key gives 0
+    result = (weights @ take(value)).masked_fill(empty, 0)
     out[batch, :, row] = result.flatten(1, 2).to(out.dtype)
     if lse is not None:
         lse[batch, :, row] = norm.flatten(1, 2)
