@@ -8,7 +8,7 @@ import torch
 
 from dynmask import LifetimeMask, attention
 from dynmask.attention import choose
-from dynmask.kernels.cpu import cpu_attention
+from dynmask.kernels.cpu import cpu_attention, gather_rows
 from dynmask.kernels.reference import reference_attention
 from dynmask.masks.base import repeat_heads
 from dynmask.plan import Tiles
@@ -127,6 +127,28 @@ def test_decoding_gives_0_where_a_list_is_empty_or_biased_away():
     again = torch.empty_like(out)
     cpu_attention(query, key, value, plan, bias, 8**-0.5, again, None)
     torch.testing.assert_close(again, out)
+
+
+LAYOUTS = {
+    "plain": lambda: torch.randn(2, 3, 7, 8),
+    "part of a store": lambda: torch.randn(2, 3, 20, 8)[:, :, 4:11],
+    "part of each row": lambda: torch.randn(2, 3, 9, 11)[:, :, 1:8, 2:10],
+    "tokens first": lambda: torch.randn(2, 7, 3, 8).transpose(1, 2),
+    "of a joint projection": lambda: torch.randn(2, 7, 9, 8)[:, :, 3:6].transpose(1, 2),
+    "shared": lambda: torch.randn(1, 1, 7, 8).expand(2, 3, 7, 8),
+    "one key": lambda: torch.randn(1, 1, 1, 8).expand(2, 3, 7, 8),
+    "columns first": lambda: torch.randn(2, 3, 8, 7).transpose(2, 3),
+    "numbers": lambda: torch.randn(2, 3, 7),
+    "bfloat16": lambda: torch.randn(2, 3, 7, 8).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_keys_are_taken_from_any_layout(layout):
+    x = LAYOUTS[layout]()
+    batch, head = torch.randint(2, (5, 1, 1)), torch.randint(3, (4, 1))
+    key = torch.randint(7, (5, 4, 6))
+    assert torch.equal(gather_rows(x, batch, head, key), x[batch, head, key])
 
 
 def test_values_may_be_wider_than_keys():

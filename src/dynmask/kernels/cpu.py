@@ -10,10 +10,11 @@ for every gather.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..plan import Plan, unpack_rows
 
@@ -113,7 +114,9 @@ def _single_rows(
     keys = torch.where(listed, keys, keys[..., :1].masked_fill(count == 0, 0))
 
     def take(x: Tensor) -> Tensor:  # x [b, heads', k, ...] -> [t, lists, n, ...]
-        return x[batch[:, None, None], (number * x.shape[1] // lists)[:, None], keys].to(dtype)
+        return gather_rows(
+            x, batch[:, None, None], (number * x.shape[1] // lists)[:, None], keys
+        ).to(dtype)
 
     q = query[batch, :, row].unflatten(1, (lists, heads // lists)).to(dtype) * scale
     logits = q @ take(key).mT
@@ -127,6 +130,21 @@ def _single_rows(
     out[batch, :, row] = result.flatten(1, 2).to(out.dtype)
     if lse is not None:
         lse[batch, :, row] = norm.flatten(1, 2)
+
+
+def gather_rows(x: Tensor, batch: Tensor, head: Tensor, key: Tensor) -> Tensor:
+    """``x[batch, head, key]`` of x [b, heads, k, ...].
+
+    Of four dimensions rows are copied whole, one index for each instead of three: several times
+    as fast. All of them start at a multiple of the same step.
+    """
+    step = math.gcd(*x.stride()[:3])
+    if x.dim() != 4 or x.stride(3) != 1 or not step:
+        return x[batch, head, key]
+    first, second, third = (stride // step for stride in x.stride()[:3])
+    last = sum((n - 1) * s for n, s in zip(x.shape, (first, second, third), strict=False))
+    flat = x.as_strided((last + 1, x.shape[3]), (step, 1))
+    return nn.functional.embedding(batch * first + head * second + key * third, flat)
 
 
 def _listed(plan: Plan, head: int, t: int) -> tuple[Keys, int, Tensor]:
