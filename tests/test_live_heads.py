@@ -327,7 +327,7 @@ def test_runs_that_cannot_serve_it():
     policy = policy_of(2, gates=gates)
     with (
         sparsify(model, policy) as run,
-        pytest.raises(ValueError, match="or maps that do not keep alike"),
+        pytest.raises(ValueError, match="keep by one score alike"),
     ):
         GatedCache(run)
     with (
