@@ -110,10 +110,11 @@ class KeyStore(Slots):
         runs = runs_of(spans, batch, n)
         if not runs:
             return query.new_zeros(*query.shape[:3], value.shape[-1])
-        for row, (start, stop) in runs.items():  # all of them before the first is stored
-            _refuse_nan(scores[row, :, start:stop])
-        self._start(batch, key, value, scores)
         whole = len(runs) == batch and set(runs.values()) == {(0, n)}
+        real = [scores] if whole else [scores[row, :, slice(*run)] for row, run in runs.items()]
+        for some in real:  # all of them before the first is stored
+            _refuse_nan(some)
+        self._start(batch, key, value, scores)
         if whole and (n == 1 or len(set(self.seen)) == 1):
             first = max(self.seen)
             return attended(query, self._add(key, value, scores, None), first)
