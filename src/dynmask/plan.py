@@ -322,12 +322,11 @@ def row_words(tiles: Tiles) -> Tensor:
 
 
 def compact(
-    keys: Tensor, full: Tensor, partial: Tensor | None, cap: int | None = None
+    full: Tensor, partial: Tensor | None = None, cap: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Lists of the flagged keys, the full ones first, each part in the order of ``keys``.
+    """Lists of the flagged keys, the full ones first, each part in the order of the flags.
 
     Args:
-        keys: int [..., n].
         full, partial: bool [..., n], disjoint; ``partial`` None where none is.
         cap: capacity of the lists; their longest when None, which waits for the device.
 
@@ -446,7 +445,7 @@ class Entries:
         full = some & (self.words == every).all(-1)
         # no list is longer than all keys up to the last row
         bound = None if self.exact else min(self.keys.shape[-1], max(tiles.stop, 1))
-        slot, fulls, count = compact(self.keys, full, some & ~full, bound)
+        slot, fulls, count = compact(full, some & ~full, bound)
         cap, width = bound or 0, bound or 0
         if bound is None and count.numel():
             cap, width = int(count.max()), int((count - fulls).max())

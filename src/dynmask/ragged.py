@@ -149,7 +149,7 @@ class RaggedStore(Rows):
         index, heads, slots = [], [], []
         most = max(self._columns[head] for head in part.heads)
         every = torch.arange(keys, device=device)
-        where, _, _ = compact(every, lasting, None, most)
+        where, _, _ = compact(lasting, cap=most)
         columns = place(every, where, most, keys)  # `keys` where there is none
         starts = self._layout(torch.device("cpu"))[0].tolist()
         for number, head in enumerate(part.heads):
@@ -252,7 +252,7 @@ class RaggedStore(Rows):
         if not min(self.seen):
             seen &= own >= 0
         seen = seen.permute(2, 1, 0, 3).flatten(0, 1)  # [h, b, longest]
-        where, full, count = compact(slot, seen, None, longest)
+        where, full, count = compact(seen, cap=longest)
         lists = index.int()[:, None].expand(-1, members, -1).reshape(len(seen), 1, longest)
         row = torch.arange(batch, dtype=torch.int32, device=death.device)
         plan = Plan(

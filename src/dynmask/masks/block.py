@@ -214,7 +214,7 @@ class BlockMask(Mask):
         full = some & (start + self.block_k - 1 <= first[:, None])
         if self.limit is not None:
             full, some = self._limited(start, full, some, first, stop)
-        slot, fulls, count = compact(start, full, some & ~full)
+        slot, fulls, count = compact(full, some & ~full)
 
         def flat(x: Tensor) -> Tensor:
             x = x.expand(self.batch, *x.shape[1:])
@@ -292,5 +292,5 @@ def block_lists(
         cap = kb.numel() if most is None else min(most, kb.numel())
         return ops.block_lists(chosen, block_q, block_k, keys, first, cap)
     chosen = (chosen & past) | own
-    slot, _, count = compact(kb, chosen, None)
+    slot, _, count = compact(chosen)
     return place(kb.int(), slot, int(count.max()), -1)

@@ -293,7 +293,7 @@ class LifetimeMask(Mask):
         stop = first + tiles.rows[:t, None]
         some = (alive < stop) & (death > first) & (death > alive)
         full = some & (alive <= first) & (death >= stop)
-        slot, fulls, count = compact(alive, full, some & ~full)
+        slot, fulls, count = compact(full, some & ~full)
         cap = int(count.max())
         index = place(alive.int(), slot, cap, 0)
 
@@ -363,7 +363,7 @@ class LifetimeMask(Mask):
         k = torch.arange(stop, device=self.device)
         death = self.death[..., :stop]
         seen = (death > k) & (death > first)
-        slot, _, count = compact(k, seen, None)
+        slot, _, count = compact(seen)
         return place(k, slot, int(count.max()), self.keys)
 
 

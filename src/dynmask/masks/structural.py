@@ -315,7 +315,7 @@ class StructuralMask(Mask):
         if self.limit is not None:
             death = self.limit.death.expand(self.batch, self.heads, -1)
             listed &= death.gather(-1, keys.clamp(max=self.keys - 1).long()) > query
-        slot, fulls, count = compact(keys, listed, None, keys.shape[-1])
+        slot, fulls, count = compact(listed, cap=keys.shape[-1])
         return tiles.plan(
             index=place(keys, slot, keys.shape[-1], 0).transpose(0, 1).contiguous(),
             full=fulls.T.contiguous(),
@@ -361,7 +361,7 @@ class StructuralMask(Mask):
         total = torch.nn.functional.pad(is_diagonal.cumsum(-1, dtype=torch.int32), (1, 0))
         some = total[..., size:] != total[..., :-size]
         start = torch.arange(some.shape[-1], device=self.device).flip(-1)
-        slot, _, count = compact(start, some.flip(-1), None)
+        slot, _, count = compact(some.flip(-1))
         start = place(start, slot, int(count.max()), -1)
         rows = torch.arange(size, device=self.device)
         seen = is_diagonal.gather(-1, (start.clamp(min=0)[..., None] + rows).flatten(-2))
