@@ -232,13 +232,7 @@ class BoundedCache(OwnedCache):
                 f"BoundedCache: expected attention in each of {layers} layers, received "
                 f"{len(modules)} attention modules; hybrid models keep their own cache"
             )
-        kinds = {type(x) for x in DynamicCache(config=model.config).layers}
-        others = kinds - {DynamicLayer, DynamicSlidingWindowLayer}
-        if others:
-            raise bad(
-                "BoundedCache", "layers that hold keys and nothing else",
-                sorted(kind.__name__ for kind in others)[0], "Hybrid models keep their own cache.",
-            )  # fmt: skip
+        layers_of("BoundedCache", model.config)
         self._own(run, modules)
         super().__init__(layers=[BoundedLayer(self) for _ in range(layers)])
 
@@ -268,6 +262,17 @@ class BoundedCache(OwnedCache):
         return store
 
 
+def layers_of(name: str, config: Any, remedy: str = "Hybrid models keep their own cache.") -> list:
+    """The layers of transformers' own cache for a model; ValueError where one holds no keys, or more."""
+    layers: list[Any] = DynamicCache(config=config).layers
+    others = {type(x) for x in layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    if others:
+        first = sorted(kind.__name__ for kind in others)[0]
+        expected = "layers that hold keys of their own and nothing else"
+        raise bad(name, expected, first, remedy)
+    return layers
+
+
 def check_run(name: str, run: Any) -> None:
     """Raise ValueError unless a cache of this name is given a run that is in effect."""
     if not hasattr(run, "removed"):
@@ -294,4 +299,7 @@ def _check_run(run: Any) -> None:
         )
 
 
-__all__ = ["BoundedCache", "BoundedLayer", "NewKeysLayer", "OwnedCache", "check_rows", "check_run"]
+__all__ = [
+    "BoundedCache", "BoundedLayer", "NewKeysLayer", "OwnedCache", "check_rows", "check_run",
+    "layers_of",
+]  # fmt: skip

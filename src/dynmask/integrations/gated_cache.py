@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from ..cache import KeyStore
 from ..errors import bad
@@ -19,7 +19,7 @@ from ..policies import Gated
 from ..pooled_keys import PooledKeys
 from ..ragged import RaggedStore, WholeStore
 from ..retention import ExactRetention, Retention
-from .cache import NewKeysLayer, OwnedCache, check_rows, check_run
+from .cache import NewKeysLayer, OwnedCache, check_rows, check_run, layers_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -358,15 +358,7 @@ class GatedCache(OwnedCache):
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         heads, kv_heads = heads // run.shard[1], kv_heads // run.shard[1]
-        layers: list[Any] = DynamicCache(config=run.model.config).layers
-        others = {type(x) for x in layers} - {DynamicLayer, DynamicSlidingWindowLayer}
-        if others:
-            raise bad(
-                "GatedCache",
-                "attention with keys of its own in every layer",
-                sorted(kind.__name__ for kind in others)[0],
-                "Hybrid models keep their own cache.",
-            )
+        layers = layers_of("GatedCache", run.model.config)
         plans = {
             index: LayerPlan.of(policy, index, heads, kv_heads, offload)
             for index, layer in enumerate(layers)

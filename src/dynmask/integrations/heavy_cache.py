@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from ..cache import Live, gather_keys, runs_of
 from ..errors import bad
@@ -15,7 +15,7 @@ from ..masks import LifetimeMask
 from ..policies import H2O
 from ..policies.h2o import NO_KEY
 from ..slots import EMPTY, Rows
-from .cache import NewKeysLayer, OwnedCache, check_rows, check_run
+from .cache import NewKeysLayer, OwnedCache, check_rows, check_run, layers_of
 
 if TYPE_CHECKING:
     from .adapter import Adapter, Site
@@ -206,14 +206,8 @@ class HeavyHitterCache(OwnedCache):
         from .checks import attention_modules
 
         _check_run(run)
-        layers: list[Any] = DynamicCache(config=run.model.config).layers
-        others = {type(x) for x in layers} - {DynamicLayer, DynamicSlidingWindowLayer}
-        if others:
-            raise bad(
-                "HeavyHitterCache", "attention with keys of its own in every layer",
-                sorted(kind.__name__ for kind in others)[0],
-                "Hybrid models keep their own cache: H2O serves their prompts alone.",
-            )  # fmt: skip
+        remedy = "Hybrid models keep their own cache: H2O serves their prompts alone."
+        layers = layers_of("HeavyHitterCache", run.model.config, remedy)
         self._own(run, attention_modules(run.model))
         super().__init__(
             layers=[HeavyHitterLayer(self) if type(x) is DynamicLayer else x for x in layers]
