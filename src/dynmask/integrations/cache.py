@@ -263,7 +263,7 @@ class BoundedCache(OwnedCache):
 
 
 def layers_of(name: str, config: Any, remedy: str = "Hybrid models keep their own cache.") -> list:
-    """The layers of transformers' own cache for a model; ValueError where one holds no keys, or more."""
+    """The layers of transformers' own cache for a model; ValueError where one is no such."""
     layers: list[Any] = DynamicCache(config=config).layers
     others = {type(x) for x in layers} - {DynamicLayer, DynamicSlidingWindowLayer}
     if others:
