@@ -1,7 +1,6 @@
 """The encoder: summaries, the estimate without training, the teacher, the loss, the module."""
 
 import copy
-import json
 import math
 
 import pytest
@@ -26,7 +25,7 @@ from dynmask.encoder_training import EncoderTraining
 from dynmask.masks.base import repeat_heads
 from dynmask.policies import Gated, Layer
 from dynmask.retention import LATE_ROWS
-from tests.tiny import tiny_llama
+from tests.tiny import copied, tiny_llama
 
 BLOCK, QUERY_POOL, KEY_POOL = 8, 4, 2
 POOLS = {"query_pool": QUERY_POOL, "key_pool": KEY_POOL}
@@ -745,8 +744,7 @@ def test_maps_choose_the_blocks_that_their_encoder_scores_best():
     ],
 )
 def test_damaged_cards_with_encoders_are_refused(card, damage):
-    held = {name: tensor.clone() for name, tensor in card.tensors.items()}
-    header = json.loads(json.dumps(card.header))
+    header, held = copied(card)
     damage(held, header)
     with pytest.raises(ValueError, match="mask card"):
         MaskCard(header, held)

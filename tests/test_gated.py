@@ -25,7 +25,7 @@ from dynmask.policies.blocks import block_lists
 from dynmask.policies.gated import spread
 from dynmask.policies.gates import Gates
 from dynmask.policies.kept import kept_mass, sampled_rows
-from tests.tiny import tiny_llama, tiny_qwen3
+from tests.tiny import copied, tiny_llama, tiny_qwen3
 
 INF = LifetimeMask.INF
 
@@ -917,8 +917,7 @@ def test_settings_out_of_range_are_refused(change):
     ],
 )
 def test_damaged_cards_are_refused(card, damage):
-    tensors = {name: tensor.clone() for name, tensor in card.tensors.items()}
-    header = json.loads(json.dumps(card.header))
+    header, tensors = copied(card)
     damage(tensors, header)
     with pytest.raises(ValueError, match="mask card|gates"):
         MaskCard(header, tensors)

@@ -22,7 +22,7 @@ from dynmask.policies.gates import Gates
 from tests.stand_in import save_stand_in
 from tests.test_gated import documents
 from tests.test_retained import train
-from tests.tiny import tiny_llama
+from tests.tiny import copied, tiny_llama
 
 INF = LifetimeMask.INF
 OFFERED = (Budget(3, kept=4), Budget(3, 5), Budget(6, kept=9), Budget(8, 30))
@@ -297,8 +297,7 @@ def _unfit(name):
     ],
 )
 def test_a_card_that_is_none_is_refused(card, change, message):
-    header = json.loads(json.dumps(card.header))
-    tensors = {name: x.clone() for name, x in card.tensors.items()}
+    header, tensors = copied(card)
     change(header, tensors)
     with pytest.raises(ValueError, match=message):
         MaskCard(header, tensors)

@@ -30,7 +30,7 @@ from tests.test_gated import naive as naive_columns
 from tests.test_gated_cache import Beside
 from tests.test_gated_kept import naive as naive_kept
 from tests.test_gated_kept import scores_of
-from tests.tiny import TINY, VOCAB, tiny_llama
+from tests.tiny import TINY, VOCAB, copied, tiny_llama
 
 INF = LifetimeMask.INF
 
@@ -483,8 +483,7 @@ def test_cards_without_diagonals_have_no_table_of_them(llama, card):
     ],
 )
 def test_a_card_that_is_none_is_refused(card, change, message):
-    header = json.loads(json.dumps(card.header))
-    tensors = {name: x.clone() for name, x in card.tensors.items()}
+    header, tensors = copied(card)
     change(header, tensors)
     with pytest.raises(ValueError, match=message):
         MaskCard(header, tensors)

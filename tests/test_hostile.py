@@ -99,19 +99,18 @@ def test_a_cache_from_which_more_is_taken_than_there_is_is_empty():
 # converted models
 
 
-def test_a_pickled_converted_model_runs_in_a_new_process(tmp_path):
+def test_a_pickled_converted_model_runs_in_a_new_process():
     model, (ids, _) = converted(), prompt(padding=())
     with torch.no_grad():
         content = pickle.dumps((model, ids, model(ids).logits))
-    (tmp_path / "model").write_bytes(content)
     code = (
         "import pickle, sys, torch\n"
-        "model, ids, logits = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "model, ids, logits = pickle.load(sys.stdin.buffer)\n"
         "assert torch.equal(model(ids).logits, logits)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "model")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=os.getcwd())
-    assert done.returncode == 0, done.stderr[-500:]
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, input=content, capture_output=True, cwd=os.getcwd())
+    assert done.returncode == 0, done.stderr[-500:].decode()
 
 
 @torch.no_grad()

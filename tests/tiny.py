@@ -4,6 +4,7 @@ Weights are drawn from a fixed seed without touching the global generator. Their
 the usual one, so that attention is far from uniform and a wrong mask changes the logits visibly.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from transformers import (
 VOCAB = 256
 WINDOW = 8
 """Width of the sliding window in the models that have one."""
+
+
+def copied(card: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Header and tensors of a card, to be changed: nothing is shared with it."""
+    return copy.deepcopy(card.header), {name: x.clone() for name, x in card.tensors.items()}
 
 
 def _shape(layers: int) -> dict[str, Any]:
