@@ -619,6 +619,31 @@ def recall(rows: list[dict[str, Any]] | None = None) -> str:
     return "\n".join(lines)
 
 
+def recall_tries(
+    rows: list[dict[str, Any]] | None = None, base: list[dict[str, Any]] | None = None
+) -> str:
+    """Right answers in percent of DMA taught in other ways, and of the cell it is compared with."""
+    rows = rows_of(RESULTS / "mqar_tries.jsonl") if rows is None else rows
+    base = rows_of(RESULTS / "mqar.jsonl") if base is None else base
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return (*row["case"].values(), row["hidden"], row["seed"])
+
+    told = [row for row in rows if "accuracy" in row]
+    places = list(dict.fromkeys(map(place, told)))
+    as_ever = [{**row, "trial": "-"} for row in base if row["mixer"] == "dma" and "accuracy" in row]
+    best: dict[tuple[str, tuple[Any, ...]], float] = {}
+    for row in [*as_ever, *told]:
+        key = row["trial"], place(row)
+        best[key] = max(best.get(key, 0.0), row["accuracy"])
+    heads = [f"{tokens:,} tokens, w {w}, width {hidden}" for _, tokens, _, w, hidden, _ in places]
+    lines = ["| tried | " + " | ".join(heads) + " |", "|" + "---|" * (1 + len(places))]
+    for name in dict.fromkeys(["-", *(row["trial"] for row in told)]):
+        cells = [f"{100 * best[name, at]:.1f}" if (name, at) in best else "-" for at in places]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _ms(row: dict[str, Any]) -> str:
     """A time, marked when it was not measured but extrapolated."""
     if "median_s" not in row:
@@ -651,6 +676,7 @@ TABLES = {
     "goals": goals,
     "scaling": scaling,
     "recall": recall,
+    "recall-tries": recall_tries,
     "goals-dma": lambda: goals(3),
     "goals-generator": lambda: goals(4),
     "goals-long": lambda: goals(5),

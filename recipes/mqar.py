@@ -2,6 +2,7 @@
 
     python recipes/mqar.py --budget 8                 # minutes; cells in order of importance
     python recipes/mqar.py --report                   # tables, and docs/mqar.png
+    python recipes/mqar.py --tries                    # what else might teach DMA's scores
     python recipes/mqar.py --smoke
 
 The task is zoology's (arXiv 2312.04927): ``k1 v1 ... kD vD``, then a region where every key stands
@@ -25,6 +26,9 @@ chosen blocks; its kernels always take the first block and the last two, so with
 choice left. ``nsa, w chosen`` has w keys in its blocks, 128 at least, the window beside them, and
 heads as wide as the others'. NSA and MLA are flash-linear-attention's layers
 (``pip install flash-linear-attention``); where they do not run, their row says why.
+
+``--tries`` trains DMA anew in four cells, each time with one thing changed, at the rate that the
+grid found for it: rows go to ``mqar_tries.jsonl``.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +60,12 @@ from dma_common import (
 import torch
 import torch.nn.functional as F
 from dma_decoder import Decoder, Shape, describe
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.headline import record
-from benchmarks.tables import recall, recalled
+from benchmarks.tables import recall, recall_tries, recalled
+from dynmask.masks import LifetimeMask
+from dynmask.nn import DynamicMaskAttention, Retention
 
 VOCABULARY = 8_192
 POWER = 0.01
@@ -84,6 +90,43 @@ MIXER_NAMES = {
     "window": "a sliding window", "nsa": "NSA", "nsa, w chosen": "NSA that chooses w keys",
     "mla": "MLA", "mla, equal cache": "MLA of equal cache",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Try:
+    """What is changed about DMA's training.
+
+    Attributes:
+        settings: of the decoder.
+        score_rate: learning rate of A and dt_proj, in that of the others.
+        noise: Gumbel noise on the scores that choose in training, in their spread.
+        narrowing: every key is read until the case's full length, then twice w at the end of the
+            halvings, w from 85 % of the steps on.
+        steps: in those of the others.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    score_rate: float = 1.0
+    noise: float = 0.0
+    narrowing: bool = False
+    steps: int = 1
+
+
+TRIES = {
+    "loss x 10": Try({"retention_weight": 0.5}),
+    "1,024 rows judge": Try({"retention_rows": 1_024}),
+    "one sink": Try({"sinks": 1}),
+    "exp": Try({"form": "exp", "start": 0.1}),
+    "scores learn 10 x as fast": Try(score_rate=10.0),
+    "scores learn 0.1 x as fast": Try(score_rate=0.1),
+    "exploration": Try(noise=1.0),
+    "width from N down": Try(narrowing=True),
+    "eight tokens before": Try({"shifts": 8}),
+    "steps x 3": Try(steps=3),
+}  # fmt: skip
+TRIED = (("scarce", 512, 128), ("scarce", 2_048, 64), ("scarce", 2_048, 128),
+         ("published", 8_192, 64))  # fmt: skip
+"""Case, its length and the model width of the cells that tries are made in."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +167,19 @@ class Cell:
     rate: float
     steps: int = 1_500
     tokens: int = 16_384  # of a step
+    trial: str = ""
+
+    @property
+    def tried(self) -> Try:
+        """What is changed."""
+        return TRIES[self.trial] if self.trial else Try()
 
     def shape(self) -> Shape:
         """Return the decoder of this cell."""
         case, heads, dim = self.case, max(1, self.hidden // 64), min(64, self.hidden)
         settings = {
             "window": 4, "sinks": 0, "retention_rows": 128, "retention_after": 8,
-            "latent": self.hidden // 2, "shifts": 2, **MIXERS[self.mixer],
+            "latent": self.hidden // 2, "shifts": 2, **MIXERS[self.mixer], **self.tried.settings,
         }  # fmt: skip
         if self.mixer == "nsa, w chosen":
             settings["selected"] = max(128, case.width)  # eight blocks, three of them not chosen
@@ -161,16 +210,38 @@ class Cell:
         pairs = self.case.pairs
         return length, pairs if length == self.case.length else min(pairs, length // 4)
 
+    def width(self, progress: float) -> int:
+        """Return the keys that a query of DMA reads at this point."""
+        length, width = self.stage(progress)[0], self.case.width
+        if not self.tried.narrowing or progress >= 0.85:
+            return width
+        if length < self.case.length:
+            return max(length, width)
+        halvings = math.log2(length / width) * (0.85 - progress) / 0.2
+        return min(length, width * 2 ** math.ceil(halvings))
+
     def __str__(self) -> str:
         case = self.case
         return (f"{case.name} {case.length} {self.mixer} width {self.hidden} seed {self.seed} "
-                f"rate {self.rate}")  # fmt: skip
+                f"rate {self.rate}" + (f", {self.trial}" if self.trial else ""))  # fmt: skip
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells this cell's row from the others'."""
         return (*asdict(self.case).values(), self.mixer, self.hidden, self.seed, self.rate,
-                self.steps, self.tokens)  # fmt: skip
+                self.steps, self.tokens, *([self.trial] if self.trial else []))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Exploring(Retention):
+    """Keeps keys whose score is high, or might be: noise of ``noise`` spreads is added."""
+
+    noise: float = 0.0
+
+    def mask(self, scores: Tensor, queries: int | None = None) -> LifetimeMask:
+        """The mask of noisy scores [b, g, k]."""
+        gumbel = -torch.empty_like(scores).exponential_().log()
+        return super().mask(scores + self.noise * scores.std() * gumbel, queries)
 
 
 def mqar(
@@ -218,13 +289,24 @@ def answers_loss(model: Decoder, batch: Sequence[Tensor]) -> tuple[Tensor, Tenso
     return F.cross_entropy(logits, values.flatten()), right
 
 
+def keep(model: nn.Module, width: int, noise: float = 0.0) -> None:
+    """Let DMA layers keep ``width`` keys, and explore while ``noise`` is not 0."""
+    for layer in model.modules():
+        if isinstance(layer, DynamicMaskAttention):
+            old = layer.retention
+            settings = {"width": width, "window": old.window, "sinks": old.sinks}
+            layer.retention = Exploring(**settings, noise=noise) if noise else Retention(**settings)
+
+
 def train(cell: Cell, device: str, until: float) -> dict[str, Any] | None:
     """Train and test one cell; None when the time was over before its end."""
     torch.manual_seed(seed_of("mqar", cell.seed))
     model = Decoder(cell.shape()).to(device)
     loop = Loop(seed=cell.seed, steps=cell.steps, learning_rate=cell.rate,
                 warmup_steps=max(1, cell.steps // 20), decay_from=0.7)  # fmt: skip
-    optimizer = adamw(model, loop, 0.1, (0.9, 0.98))
+    tried = cell.tried
+    scaled = None if tried.score_rate == 1 else {".score.": tried.score_rate}
+    optimizer = adamw(model, loop, 0.1, (0.9, 0.98), scaled)
     generator = torch.Generator(device)
     if device.startswith("cuda"):
         for group in optimizer.param_groups:
@@ -238,7 +320,7 @@ def train(cell: Cell, device: str, until: float) -> dict[str, Any] | None:
         optimizer.step()
         return right.detach()
 
-    run = Captured(step_on)
+    run, width = Captured(step_on), 0
     started = time.monotonic()
     curve: list[tuple[int, int, Tensor]] = []
     for step in range(cell.steps):
@@ -247,12 +329,16 @@ def train(cell: Cell, device: str, until: float) -> dict[str, Any] | None:
         generator.manual_seed(seed_of("mqar", cell.seed, step))
         torch.manual_seed(seed_of("rows", cell.seed, step))
         set_rate(optimizer, loop.rate(step, progress))
+        if width != cell.width(progress):  # what was captured reads another number of keys
+            run, width = Captured(step_on), cell.width(progress)
+            keep(model, width, tried.noise)
         right = run(*mqar(max(1, cell.tokens // length), length, pairs, generator))
         if step % max(1, cell.steps // 20) == 0:
             curve.append((step, length, right))
             if time.time() > until:
                 return None
     model.eval()
+    keep(model, cell.case.width)
     case, right, asked = cell.case, [], 0
     with torch.no_grad():
         for index in range(TESTS):
@@ -295,6 +381,23 @@ def order(
         for seed in SEEDS for h in hidden for case in CASES for m in mixers if (m, h) in best
     ]  # fmt: skip
     return [*open_grid, *(cell for cell in rest if cell.key not in done)]
+
+
+def tries(steps: int, tokens: int, results: list[dict[str, Any]]) -> list[Cell]:
+    """Return the cells of all tries, at the rates of DMA's rows; a cell without rows has the first.
+
+    The first cell of every try comes before the second of any.
+    """
+    cases = {(case.name, case.length): case for case in CASES}
+    cells = []
+    for (*case, hidden), trial in itertools.product(TRIED, TRIES):
+        found = [row for row in results if row.get("accuracy") and row["seed"] == SEEDS[0]
+                 and (row["mixer"], row["hidden"]) == ("dma", hidden)
+                 and tuple(row["case"].values()) == tuple(asdict(CASES[0]).values())]  # fmt: skip
+        best = max(found, key=lambda row: row["accuracy"], default={"rate": RATES[0]})
+        cell = Cell(cases[*case], "dma", hidden, SEEDS[0], best["rate"], steps, tokens, trial)
+        cells.append(replace(cell, steps=steps * cell.tried.steps))
+    return cells
 
 
 # -------------------------------------------------------------------------------------- the report
@@ -394,19 +497,32 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384, help="of a step")
     parser.add_argument("--hidden", type=int, nargs="+", default=list(WIDTHS))
     parser.add_argument("--mixers", nargs="+", default=list(MIXERS), choices=MIXERS)
-    parser.add_argument("--results", "--out", type=Path, default=RESULTS / "mqar.jsonl")
+    parser.add_argument("--results", "--out", type=Path, help="mqar.jsonl, mqar_tries.jsonl")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "mqar.png")
+    parser.add_argument("--tries", action="store_true", help="of DMA alone, one thing changed")
     parser.add_argument("--report", action="store_true", help="table and plot of what there is")
     parser.add_argument("--resume", action="store_true", help="as always: rows are kept")
     parser.add_argument("--smoke", action="store_true", help="toy sizes: does it run through?")
     parser.add_argument("--commit", help="what is run, where git cannot tell")
     options = parser.parse_args()
+    name = "mqar_tries.jsonl" if options.tries else "mqar.jsonl"
+    options.results = options.results or RESULTS / name
     if options.smoke:
         options.steps, options.tokens, options.hidden, options.jobs = 3, 512, [64], 1
         options.budget = min(options.budget, 0.7)
         if options.results.parent == RESULTS:
             folder = Path(tempfile.mkdtemp(prefix="mqar-"))
-            options.results, options.plot = folder / "mqar.jsonl", folder / "mqar.png"
+            options.results, options.plot = folder / name, folder / "mqar.png"
+    if options.tries:
+        base = read_rows(RESULTS / "mqar.jsonl")
+        if not options.report:
+            cells = tries(options.steps, options.tokens, base)
+            run_cells(
+                lambda rows: [c for c in cells if list(c.key) not in [r["key"] for r in rows]],
+                train, "mqar", options.results, options.budget, options.jobs, options.commit,
+            )  # fmt: skip
+        print(recall_tries(read_rows(options.results), base))
+        return
     if not options.report:
         run_cells(
             lambda rows: order(options.steps, options.tokens, rows, options.hidden, options.mixers),
