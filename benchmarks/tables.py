@@ -564,6 +564,56 @@ def goals(number: int = 2) -> str:
     return "\n".join(lines)
 
 
+def _dma(kind: str) -> tuple[list[str], dict[tuple[str, str], dict[str, Any]]]:
+    """Cases of ``dma.jsonl`` of a kind, in their order, and its rows by (case, variant)."""
+    rows = [row for row in rows_of(RESULTS / "dma.jsonl") if row["case"].startswith(kind)]
+    return list(dict.fromkeys(row["case"] for row in rows)), {
+        (row["case"], row["variant"]): row for row in rows
+    }
+
+
+def dma_steps() -> str:
+    """A training step of attention: ours, of it the forward, dense kernels, extra memory."""
+    cases, by = _dma("train ")
+    lines = ["| keys / w | ours | of it selection and forward | cuDNN | FlashAttention-2 | faster "
+             "than cuDNN | extra memory: ours / cuDNN / FA2 |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for case in cases:
+        ours, cudnn, fa2 = (by[case, name] for name in ("dynmask", "cudnn", "fa2"))
+        memory = " / ".join(f"{row['peak_bytes'] / 1e6:,.0f}" for row in (ours, cudnn, fa2))
+        times = (ours, by[case, "dynmask forward"], cudnn, fa2)
+        lines.append(f"| {case.removeprefix('train ')} | {' | '.join(map(_ms, times))} | "
+                     f"{_ratio(cudnn, ours)} | {memory} MB |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def dma_tokens() -> str:
+    """A decoded token of one layer on the device alone and with the host, and the cache."""
+    cases, by = _dma("decode ")
+    lines = ["| position | bounded cache | with the host | size | SDPA, full cache | with the host "
+             "| size |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for case in cases:
+        cells = [f"{by[case, 'bounded cache']['position']:,}"]
+        for name, size in (("bounded cache", "cache_bytes"), ("sdpa, full cache", "full_bytes")):
+            row = by[case, name]
+            held = by[case, "bounded cache"][size] / 1e6
+            cells += [f"{1e6 * row['device_s']:.0f} us", f"{1e6 * row['median_s']:.0f} us",
+                      f"{held:.1f} MB" if held < 10 else f"{held:,.0f} MB"]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def dma_prompts() -> str:
+    """A prompt through the reference model with DMA layers."""
+    cases, by = _dma("prompt ")
+    lines = ["| tokens | seconds | peak beside the weights | of it the cache |", "|---|---|---|---|"]
+    for case in cases:
+        row = next(row for (name, _), row in by.items() if name == case)
+        lines.append(f"| {case.removeprefix('prompt of ')} | {row['median_s']:.2f} | "
+                     f"{row['peak_bytes'] / 1e6:.1f} MB | {row['cache_bytes'] / 1e6:.1f} MB |")  # fmt: skip
+    return "\n".join(lines)
+
+
 def perplexities(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[float]]:
     """Those of each (size, mixer), one a seed, by the best of the grid's rates."""
     best: dict[tuple[str, str], dict[int, float]] = {}
@@ -622,7 +672,7 @@ def recall(rows: list[dict[str, Any]] | None = None) -> str:
 def recall_tries(
     rows: list[dict[str, Any]] | None = None, base: list[dict[str, Any]] | None = None
 ) -> str:
-    """Right answers in percent of DMA taught in other ways, and of the cell it is compared with."""
+    """Right answers in percent: DMA as in the other table ("-"), then what was tried, best first."""
     rows = rows_of(RESULTS / "mqar_tries.jsonl") if rows is None else rows
     base = rows_of(RESULTS / "mqar.jsonl") if base is None else base
 
@@ -638,7 +688,9 @@ def recall_tries(
         best[key] = max(best.get(key, 0.0), row["accuracy"])
     heads = [f"{tokens:,} tokens, w {w}, width {hidden}" for _, tokens, _, w, hidden, _ in places]
     lines = ["| tried | " + " | ".join(heads) + " |", "|" + "---|" * (1 + len(places))]
-    for name in dict.fromkeys(["-", *(row["trial"] for row in told)]):
+    names = dict.fromkeys(row["trial"] for row in told)
+    mean = {n: statistics.mean(best[n, at] for at in places if (n, at) in best) for n in names}
+    for name in ["-", *sorted(names, key=mean.__getitem__, reverse=True)]:
         cells = [f"{100 * best[name, at]:.1f}" if (name, at) in best else "-" for at in places]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -675,6 +727,9 @@ TABLES = {
     "gpu-full": gpu_full,
     "goals": goals,
     "scaling": scaling,
+    "dma-steps": dma_steps,
+    "dma-tokens": dma_tokens,
+    "dma-prompts": dma_prompts,
     "recall": recall,
     "recall-tries": recall_tries,
     "goals-dma": lambda: goals(3),

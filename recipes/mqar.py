@@ -100,8 +100,8 @@ class Try:
         settings: of the decoder.
         score_rate: learning rate of A and dt_proj, in that of the others.
         noise: Gumbel noise on the scores that choose in training, in their spread.
-        narrowing: every key is read until the case's full length, then twice w at the end of the
-            halvings, w from 85 % of the steps on.
+        narrowing: every key is read in the shorter stages; at the full length the width halves
+            step by step, from all keys down to w at 85 % of the steps.
         steps: in those of the others.
     """
 
@@ -123,10 +123,10 @@ TRIES = {
     "width from N down": Try(narrowing=True),
     "eight tokens before": Try({"shifts": 8}),
     "steps x 3": Try(steps=3),
-}  # fmt: skip
+}
 TRIED = (("scarce", 512, 128), ("scarce", 2_048, 64), ("scarce", 2_048, 128),
          ("published", 8_192, 64))  # fmt: skip
-"""Case, its length and the model width of the cells that tries are made in."""
+"""Case, length and model width of the cells that tries are made in."""
 
 
 @dataclass(frozen=True)

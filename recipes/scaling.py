@@ -207,7 +207,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(6, 4))
+    figure, axis = pyplot.subplots(figsize=(7, 4))
     found = perplexities(rows)
     count = {(row["size"], row["mixer"]): row["parameters"] for row in rows if "parameters" in row}
     for index, mixer in enumerate(MIXERS):
@@ -223,7 +223,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axis.set_xlabel("parameters")
     axis.set_ylabel("perplexity of held-out text")
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     row = next((row for row in rows if "perplexity" in row), None)
     if row:
         axis.set_title(f"{row['length']:,} tokens, w {row['width']}, {row['tokens'] / 1e6:.0f}M "

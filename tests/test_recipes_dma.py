@@ -354,6 +354,91 @@ def test_mqar_mixers_learn_something(mixer):
     assert mqar.train(cell, "cpu", 0.0) is None  # no time left
 
 
+def test_tries_are_compared_with_dma_at_its_own_rate():
+    first = asdict(mqar.CASES[0])
+    rows = [{"mixer": mixer, "hidden": 128, "case": first, "seed": seed, "rate": rate,
+             "accuracy": right}
+            for mixer, seed, rate, right in (("dma", 0, 0.01, 0.3), ("dma", 0, 0.003, 0.6),
+                                             ("dma", 1, 0.02, 0.9), ("mla", 0, 0.03, 1.0))]  # fmt: skip
+    cells = mqar.tries(10, 64, rows)
+    assert len({cell.key for cell in cells}) == len(cells) == len(mqar.TRIES) * len(mqar.TRIED)
+    assert [cell.trial for cell in cells[: len(mqar.TRIES)]] == list(mqar.TRIES)
+    assert len({cell.case for cell in cells[: len(mqar.TRIES)]}) == 1  # every try once, first
+    assert {c.rate for c in cells if c.hidden == 128} == {0.003}
+    assert {c.rate for c in cells if c.hidden == 64} == {mqar.RATES[0]}  # without rows
+    assert {c.steps for c in cells if c.trial != "steps x 3"} == {10}
+    assert {c.steps for c in cells if c.trial == "steps x 3"} == {30}
+    plain = mqar.Cell(cells[0].case, "dma", 128, 0, 0.003)
+    for cell in cells[: len(mqar.TRIES)]:
+        told = asdict(cell.shape()), asdict(plain.shape())
+        changed = {name: told[0][name] for name in told[0] if told[0][name] != told[1][name]}
+        assert changed == mqar.TRIES[cell.trial].settings
+
+
+@pytest.mark.parametrize("case", mqar.CASES, ids=str)
+def test_a_narrowing_width_begins_with_every_key_and_ends_with_w(case):
+    cell = mqar.Cell(case, "dma", 64, 0, 1e-2, trial="width from N down")
+    plain = replace(cell, trial="")
+    last = case.length
+    for step in range(1_000):
+        progress = step / 1_000
+        length, width = cell.stage(progress)[0], cell.width(progress)
+        assert plain.width(progress) == case.width
+        if length < case.length:
+            assert width >= length
+        else:
+            assert case.width <= width <= last
+            last = width
+    assert cell.width(0.65) == case.length  # the first step of the full length
+    assert cell.width(0.849) > cell.width(0.85) == case.width
+
+
+def test_exploring_keeps_as_many_keys_and_always_the_window():
+    torch.manual_seed(0)
+    scores = torch.randn(2, 3, 40)
+    kept = {"width": 8, "window": 3, "sinks": 2}
+    plain = Retention(**kept).mask(scores).dense()
+    noisy = mqar.Exploring(**kept, noise=1.0).mask(scores).dense()
+    assert torch.equal(mqar.Exploring(**kept).mask(scores).dense(), plain)
+    assert not torch.equal(noisy, plain)
+    assert torch.equal(noisy.sum(-1), plain.sum(-1))
+    always = Retention(width=5, window=3, sinks=2).mask(scores).dense()
+    assert not (always & ~noisy).any()
+    far = mqar.Exploring(**kept, noise=1e-6).mask(scores).dense()
+    assert (far & plain).sum() > 0.9 * plain.sum()  # little noise, nearly the same keys
+
+
+@pytest.mark.parametrize("trial", ["exploration", "width from N down", "scores learn 10 x as fast"])
+def test_what_is_tried_is_over_when_a_model_is_tested(monkeypatch, trial):
+    case = mqar.Case("tiny", 128, 4, 16)
+    seen, keep = [], mqar.keep
+
+    def watched(model, width, noise=0.0):
+        keep(model, width, noise)
+        seen.append({layer.retention for layer in model.mixers})
+
+    monkeypatch.setattr(mqar, "keep", watched)
+    cell = mqar.Cell(case, "dma", 16, 0, 1e-2, steps=20, tokens=256, trial=trial)
+    row = mqar.train(cell, "cpu", float("inf"))
+    assert 0 <= row["accuracy"] <= 1
+    assert seen[-1] == {Retention(16, 4)}
+    if trial == "exploration":
+        assert seen[0] == {mqar.Exploring(16, 4, noise=1.0)}
+    if trial == "width from N down":
+        assert [next(iter(some)).width for some in seen] == [64, 128, 64, 32, 16, 16]
+
+
+def test_tries_stand_under_the_cell_they_are_compared_with():
+    told = {"case": asdict(mqar.CASES[0]), "mixer": "dma", "hidden": 128, "seed": 0}
+    base = [{**told, "accuracy": 0.5}, {**told, "accuracy": 0.625}, {**told, "seed": 1,
+            "accuracy": 0.9}, {**told, "mixer": "mla", "accuracy": 1.0}]  # fmt: skip
+    rows = [{**told, "trial": "worse", "accuracy": 0.25}, {**told, "trial": "better",
+            "accuracy": 0.75}]  # fmt: skip
+    lines = mqar.recall_tries(rows, base).splitlines()
+    assert lines[0] == "| tried | 512 tokens, w 32, width 128 |"
+    assert lines[2:] == ["| - | 62.5 |", "| better | 75.0 |", "| worse | 25.0 |"]
+
+
 # scaling
 
 
