@@ -606,11 +606,13 @@ def dma_tokens() -> str:
 def dma_prompts() -> str:
     """A prompt through the reference model with DMA layers."""
     cases, by = _dma("prompt ")
-    lines = ["| tokens | seconds | peak beside the weights | of it the cache |", "|---|---|---|---|"]
+    lines = ["| tokens | seconds | peak beside the weights | of it the cache |",
+             "|---|---|---|---|"]  # fmt: skip
     for case in cases:
-        row = next(row for (name, _), row in by.items() if name == case)
-        lines.append(f"| {case.removeprefix('prompt of ')} | {row['median_s']:.2f} | "
-                     f"{row['peak_bytes'] / 1e6:.1f} MB | {row['cache_bytes'] / 1e6:.1f} MB |")  # fmt: skip
+        row = by[case, "reference model with DMA layers"]
+        tokens, seconds = case.removeprefix("prompt of "), f"{row['median_s']:.2f}"
+        peak, cache = (f"{row[name] / 1e6:.1f} MB" for name in ("peak_bytes", "cache_bytes"))
+        lines.append(f"| {tokens} | {seconds} | {peak} | {cache} |")
     return "\n".join(lines)
 
 
@@ -672,7 +674,7 @@ def recall(rows: list[dict[str, Any]] | None = None) -> str:
 def recall_tries(
     rows: list[dict[str, Any]] | None = None, base: list[dict[str, Any]] | None = None
 ) -> str:
-    """Right answers in percent: DMA as in the other table ("-"), then what was tried, best first."""
+    """Right answers in percent: DMA of the other table ("-"), then what was tried, best first."""
     rows = rows_of(RESULTS / "mqar_tries.jsonl") if rows is None else rows
     base = rows_of(RESULTS / "mqar.jsonl") if base is None else base
 

@@ -356,10 +356,10 @@ def test_mqar_mixers_learn_something(mixer):
 
 def test_tries_are_compared_with_dma_at_its_own_rate():
     first = asdict(mqar.CASES[0])
+    ran = (("dma", 0, 0.01, 0.3), ("dma", 0, 0.003, 0.6), ("dma", 1, 0.02, 0.9),
+           ("mla", 0, 0.03, 1.0))  # fmt: skip
     rows = [{"mixer": mixer, "hidden": 128, "case": first, "seed": seed, "rate": rate,
-             "accuracy": right}
-            for mixer, seed, rate, right in (("dma", 0, 0.01, 0.3), ("dma", 0, 0.003, 0.6),
-                                             ("dma", 1, 0.02, 0.9), ("mla", 0, 0.03, 1.0))]  # fmt: skip
+             "accuracy": right} for mixer, seed, rate, right in ran]  # fmt: skip
     cells = mqar.tries(10, 64, rows)
     assert len({cell.key for cell in cells}) == len(cells) == len(mqar.TRIES) * len(mqar.TRIED)
     assert [cell.trial for cell in cells[: len(mqar.TRIES)]] == list(mqar.TRIES)
