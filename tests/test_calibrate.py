@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from dynmask.amplify import AMPLIFIERS, amplify
-from dynmask.calibrate import DamSettings, calibrate, dam_patterns, mean_attention, pattern_scores
+from dynmask.calibrate import DamSettings, calibrate, dam_patterns, pattern_scores
+from dynmask.capture import mean_attention
 from tests.tiny import TINY, tiny_llama, tiny_mistral
 
 LENGTH = 24
@@ -312,17 +313,17 @@ def test_the_same_seed_gives_the_same_card(tmp_path):
 
 
 def test_a_longer_document_gives_a_window_of_itself():
-    from dynmask.calibrate import _windows
+    from dynmask.documents import windows_of
 
     model, texts = tiny_llama(), documents(2, length=200)
-    windows = {seed: _windows(model, texts, LENGTH, seed) for seed in range(5)}
+    windows = {seed: windows_of(model, texts, LENGTH, seed) for seed in range(5)}
     assert len({tuple(w[0].tolist()) for w in windows.values()}) > 1
     for w in windows.values():
         for window, text in zip(w, texts, strict=True):
             assert (text.unfold(0, LENGTH, 1) == window).all(-1).any()
     # The first tokens of a sequence draw attention as such: they stay in front.
     texts[0][0] = model.config.bos_token_id
-    marked = _windows(model, texts, LENGTH, 0)
+    marked = windows_of(model, texts, LENGTH, 0)
     assert marked[0, 0] == model.config.bos_token_id
     assert torch.equal(marked[0, 1:], windows[0][0, 1:])
 

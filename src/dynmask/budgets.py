@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from dynmask.card import SCHEMA, MaskCard, describe_model, write_atomically
 from dynmask.card_kinds import ENCODER_TENSORS, SCORES, slashes_in
 from dynmask.checkpoint import unreadable
+from dynmask.documents import check_document, token_digest, vocabulary_of
 from dynmask.encoder_training import EncoderTraining
 from dynmask.errors import bad
 from dynmask.gated_settings import (
@@ -168,7 +169,6 @@ def calibrate_gates(
             runs. A density that
             ``max_kl`` does not allow; when that is known.
     """
-    from dynmask.calibrate import check_document, token_digest, vocabulary_of
     from dynmask.integrations.checks import check_model
 
     settings = settings or GatedSettings()

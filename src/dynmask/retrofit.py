@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dynmask.card import SCHEMA, MaskCard, describe_model
 from dynmask.card_kinds import MAX_HIDDEN
+from dynmask.documents import check_document, token_digest, vocabulary_of
 from dynmask.errors import bad
 from dynmask.masks import LifetimeMask
 from dynmask.nn import Retention
@@ -232,8 +233,6 @@ class _Data:
     def __init__(
         self, model: nn.Module, documents: Sequence[Tensor], settings: RetainedSettings, seed: int
     ) -> None:
-        from dynmask.calibrate import check_document, token_digest, vocabulary_of
-
         if len(documents) == 0:
             raise bad("documents", "at least one", "an empty set", "Pass token ids to train on.")
         self.lengths = sorted(settings.lengths)
