@@ -31,7 +31,7 @@ from benchmarks.headline import record, rows_of, write_rows
 from benchmarks.peers import SDPA, _backend
 from benchmarks.timing import Clock, summary
 from dynmask import MaskCard, attention, sparsify
-from dynmask.encoder import encoder_loss_of
+from dynmask.encoder_loss import encoder_loss_of
 from dynmask.encoder_training import encoder_of
 from dynmask.evals.memory import PeakMemory
 from dynmask.evals.provenance import machine

@@ -12,15 +12,8 @@ import dynmask
 from dynmask import Budget, GatedSettings, MaskCard
 from dynmask.budgets import BUDGETS, calibrate_gates
 from dynmask.card import describe_model
-from dynmask.encoder import (
-    BlockEncoder,
-    BlockSummary,
-    block_effects,
-    block_estimate,
-    block_masses,
-    encoder_loss,
-    encoder_loss_of,
-)
+from dynmask.encoder import BlockEncoder, BlockSummary, block_estimate
+from dynmask.encoder_loss import block_effects, block_masses, encoder_loss, encoder_loss_of
 from dynmask.encoder_training import EncoderTraining
 from dynmask.masks.base import repeat_heads
 from dynmask.policies import Gated, Layer
@@ -101,7 +94,7 @@ def test_a_summary_token_by_token_is_that_of_all_keys_and_old_ones_stay_as_they_
 @pytest.mark.parametrize("start", [0, 5])
 def test_a_summary_of_many_keys_is_made_in_parts(start, monkeypatch):
     _, key, _ = tensors(45, 1)
-    monkeypatch.setattr("dynmask.encoder.NUMBERS_AT_A_TIME", 2 * 2 * 6 * 16)
+    monkeypatch.setattr("dynmask.summary.NUMBERS_AT_A_TIME", 2 * 2 * 6 * 16)
     same(BlockSummary.of(key, 8, start), summary_by_definition(key, 8, start))
 
 
@@ -229,7 +222,8 @@ def test_a_few_query_blocks_at_a_time_change_nothing(monkeypatch):
     query, key, value = tensors(45, 41)
     encoder, some = make_encoder(), torch.tensor([1, 5, 2])
     before = encoder(query, key), *block_effects(query, key, value, BLOCK, some)
-    monkeypatch.setattr("dynmask.encoder.NUMBERS_AT_A_TIME", 500)
+    for part in ("encoder", "encoder_loss"):
+        monkeypatch.setattr(f"dynmask.{part}.NUMBERS_AT_A_TIME", 500)
     after = encoder(query, key), *block_effects(query, key, value, BLOCK, some)
     torch.testing.assert_close(before, after)
 
@@ -516,14 +510,14 @@ def test_the_loss_teaches():
 
 
 def test_drawn_query_blocks_are_distinct_in_range_and_partly_late():
-    from dynmask.retention import _draw
+    from dynmask.retention import draw_rows
 
     late = LATE_ROWS // 64
-    drawn = _draw(2, 100, 16, 0.25, torch.device("cpu"), near=4)
+    drawn = draw_rows(2, 100, 16, 0.25, torch.device("cpu"), near=4)
     assert len(drawn.unique()) == 16 and torch.equal(drawn, drawn.sort().values)
     assert int(drawn[0]) >= 2 and int(drawn[-1]) < 100 and int((drawn >= 100 - late).sum()) == 4
-    assert not torch.equal(drawn, _draw(2, 100, 16, 0.25, torch.device("cpu"), near=4))
-    assert _draw(2, 9, 16, 0.25, torch.device("cpu"), near=4).tolist() == list(range(2, 9))
+    assert not torch.equal(drawn, draw_rows(2, 100, 16, 0.25, torch.device("cpu"), near=4))
+    assert draw_rows(2, 9, 16, 0.25, torch.device("cpu"), near=4).tolist() == list(range(2, 9))
     for message, arguments in (("query_blocks >= 1", {"query_blocks": 0}), ("late", {"late": 2})):
         with pytest.raises(ValueError, match=message):
             encoder_loss_of(make_encoder(), *tensors(40, 40), **arguments)

@@ -260,15 +260,15 @@ def test_the_loss_is_least_where_the_scores_are_the_worths():
 
 
 def test_drawn_rows_are_distinct_in_range_and_partly_late():
-    from dynmask.retention import LATE_ROWS, _draw
+    from dynmask.retention import LATE_ROWS, draw_rows
 
-    rows = _draw(100, 5000, 48, 0.25, CPU)
+    rows = draw_rows(100, 5000, 48, 0.25, CPU)
     assert len(rows.unique()) == 48 and int(rows[0]) >= 100 and int(rows[-1]) < 5000
     assert torch.equal(rows, rows.sort().values)
-    assert not torch.equal(rows, _draw(100, 5000, 48, 0.25, CPU))
+    assert not torch.equal(rows, draw_rows(100, 5000, 48, 0.25, CPU))
     assert int((rows >= 5000 - LATE_ROWS).sum()) == 12
-    assert _draw(7, 30, 48, 0.25, CPU).tolist() == list(range(7, 30))
-    assert len(_draw(0, 260, 48, 0.25, CPU)) == 48
+    assert draw_rows(7, 30, 48, 0.25, CPU).tolist() == list(range(7, 30))
+    assert len(draw_rows(0, 260, 48, 0.25, CPU)) == 48
 
 
 def test_a_sequence_that_is_too_short_to_judge_gives_zero_with_a_graph():

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from dynmask.card import write_atomically
 from dynmask.checkpoint import read_checkpoint, unreadable
-from dynmask.encoder import BlockEncoder, encoder_loss_of
+from dynmask.encoder import BlockEncoder
+from dynmask.encoder_loss import encoder_loss_of
 from dynmask.errors import bad
 from dynmask.masks import LifetimeMask
 from dynmask.policies.base import AnyModel, Layer

@@ -138,7 +138,7 @@ def retention_loss_of(
         0 where the sequence is too short for any key to be judged.
     """
     _check(query, key, scores, rows, after, late)
-    keys, queries, scores = key.shape[2], query.shape[2], _wide(scores)
+    keys, queries, scores = key.shape[2], query.shape[2], widened(scores)
     sinks = 0
     if protect is not None:
         sinks, after = protect.sinks, max(after, protect.window)
@@ -155,7 +155,7 @@ def retention_loss_of(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):
         with torch.no_grad():
-            drawn = _draw(first, keys, rows, late, query.device)
+            drawn = draw_rows(first, keys, rows, late, query.device)
             worth = _worth(query, key, drawn, after, factor).to(scores.dtype)
             # What follows the last row's reach is judged by none. It is masked, not cut off: its
             # length is known on the device only, and a captured graph draws other rows each time.
@@ -232,12 +232,12 @@ def keep_retention_loss(score: nn.Module, loss: Tensor) -> None:
         score._retention_loss = loss  # type: ignore[assignment]
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """``x`` in float32, or float64 if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _draw(
+def draw_rows(
     first: int, stop: int, rows: int, late: float, device: torch.device, near: int = LATE_ROWS
 ) -> Tensor:
     """Drawn rows, ascending, out of [first, stop), a share of them from the last ``near``."""
@@ -262,7 +262,7 @@ def _worth(query: Tensor, key: Tensor, drawn: Tensor, after: int, scale: float) 
     groups, keys = key.shape[1:3]
     members = heads // groups
     query = query.detach().view(batch, groups, members, queries, dim)
-    query = _wide(query.index_select(3, drawn - (keys - queries))) * scale
+    query = widened(query.index_select(3, drawn - (keys - queries))) * scale
     k = torch.arange(keys, device=key.device)
     out = torch.zeros(batch, groups, keys, dtype=query.dtype, device=key.device)
     row = batch * members * keys  # logits of one drawn row of one group
@@ -270,7 +270,7 @@ def _worth(query: Tensor, key: Tensor, drawn: Tensor, after: int, scale: float) 
     together = max(1, NUMBERS_AT_A_TIME // max(row * at_once, batch * keys * dim))
     for g in range(0, groups, together):
         own = slice(g, g + together)
-        wide = _wide(key[:, own].detach()).mT
+        wide = widened(key[:, own].detach()).mT
         for r in range(0, len(drawn), at_once):
             position = drawn[r : r + at_once, None]
             some = query[:, own, :, r : r + at_once]
