@@ -10,6 +10,7 @@ import math
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -616,13 +617,19 @@ def dma_prompts() -> str:
     return "\n".join(lines)
 
 
+def trained_alike(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those rows that were trained as long as most were: others are no rows of the same table."""
+    found = [(row.get("steps"), row.get("tokens"), row.get("step_tokens")) for row in rows]
+    most = Counter(found).most_common(1)
+    return [row for row, spent in zip(rows, found, strict=True) if spent == most[0][0]]
+
+
 def perplexities(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[float]]:
     """Those of each (size, mixer), one a seed, by the best of the grid's rates."""
     best: dict[tuple[str, str], dict[int, float]] = {}
-    for row in rows:
-        if "perplexity" in row:
-            seeds = best.setdefault((row["size"], row["mixer"]), {})
-            seeds[row["seed"]] = min(seeds.get(row["seed"], math.inf), row["perplexity"])
+    for row in trained_alike([row for row in rows if "perplexity" in row]):
+        seeds = best.setdefault((row["size"], row["mixer"]), {})
+        seeds[row["seed"]] = min(seeds.get(row["seed"], math.inf), row["perplexity"])
     return {name: [seeds[seed] for seed in sorted(seeds)] for name, seeds in best.items()}
 
 
@@ -644,11 +651,10 @@ def recalled(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[float]]:
     Of the grid's two learning rates the better counts.
     """
     best: dict[tuple[Any, ...], dict[int, float]] = {}
-    for row in rows:
-        if "accuracy" in row:
-            name = (*row["case"].values(), row["mixer"], row["hidden"])
-            seeds = best.setdefault(name, {})
-            seeds[row["seed"]] = max(seeds.get(row["seed"], 0.0), row["accuracy"])
+    for row in trained_alike([row for row in rows if "accuracy" in row]):
+        name = (*row["case"].values(), row["mixer"], row["hidden"])
+        seeds = best.setdefault(name, {})
+        seeds[row["seed"]] = max(seeds.get(row["seed"], 0.0), row["accuracy"])
     return {name: [seeds[seed] for seed in sorted(seeds)] for name, seeds in best.items()}
 
 

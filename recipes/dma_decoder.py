@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -138,6 +139,11 @@ def new_mixer(shape: Shape, index: int) -> nn.Module:
         )  # fmt: skip
         nn.init.constant_(layer.score.A, shape.start)
         return layer
+    if importlib.util.find_spec("fla") is None:
+        raise ImportError(
+            f"mixer {shape.mixer!r}: expected flash-linear-attention, found none; "
+            "pip install flash-linear-attention"
+        )
     if shape.mixer == "nsa":
         from fla.layers import NativeSparseAttention
         from fla.ops.nsa import parallel

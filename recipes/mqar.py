@@ -1,7 +1,7 @@
 """Multi-query associative recall for full attention, a sliding window, NSA, MLA and DMA.
 
     python recipes/mqar.py --budget 8                 # minutes; cells in order of importance
-    python recipes/mqar.py --report                   # tables, and docs/mqar.png
+    python recipes/mqar.py --report                   # tables, docs/mqar.png and the goals
     python recipes/mqar.py --tries                    # what else might teach DMA's scores
     python recipes/mqar.py --smoke
 
@@ -514,7 +514,7 @@ def main() -> None:
             folder = Path(tempfile.mkdtemp(prefix="mqar-"))
             options.results, options.plot = folder / name, folder / "mqar.png"
     if options.tries:
-        base = read_rows(RESULTS / "mqar.jsonl")
+        base = [] if options.smoke else read_rows(RESULTS / "mqar.jsonl")
         if not options.report:
             cells = tries(options.steps, options.tokens, base)
             run_cells(

@@ -65,7 +65,7 @@ class Cell:
     mixer: str
     seed: int
     rate: float
-    tokens: int = 32_000_000
+    tokens: int = 16_000_000
     step_tokens: int = 16_384
     length: int = 4_096
     width: int = 512
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=max(1, torch.cuda.device_count()))
     parser.add_argument("--sizes", nargs="+", default=["10M", "30M", "80M"], choices=SIZES)
     parser.add_argument("--mixers", nargs="+", default=list(MIXERS), choices=MIXERS)
-    parser.add_argument("--tokens", type=int, default=32_000_000, help="of training, in all")
+    parser.add_argument("--tokens", type=int, default=16_000_000, help="of training, in all")
     parser.add_argument("--step-tokens", type=int, default=16_384)
     parser.add_argument("--length", type=int, default=4_096)
     parser.add_argument("--width", type=int, default=512)

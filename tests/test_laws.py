@@ -285,6 +285,8 @@ def test_long_inputs_are_lowered_a_range_at_a_time(monkeypatch):
 def test_packed_and_left_padded_spans_describe_the_usual_layouts():
     packed = spans_packed(torch.tensor([0, 3, 8]))
     assert [(s.key_start, s.key_stop) for s in packed] == [(0, 3), (3, 8)]
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected .* received a tensor \[1, 8\]"):
+        spans_packed(torch.arange(8)[None])
     left = spans_left_padded([2, 5], 5, queries=3)
     assert [(s.key_start, s.query_start, s.query_stop) for s in left] == [(3, 1, 3), (0, 0, 3)]
 

@@ -358,14 +358,19 @@ def test_rotation_may_cover_a_part_of_the_head():
     torch.testing.assert_close(k.norm(dim=-1), key.norm(dim=-1))
 
 
-def test_sequences_without_a_key_to_judge_are_told():
-    layer = DynamicMaskAttention(16, 2, 1, width=8, window=2, sinks=0, retention_after=20)
-    with pytest.warns(UserWarning, match="20 tokens after it; give longer sequences"):
-        layer(torch.randn(1, 20, 16))
-    assert float(collect_retention_loss(layer)) == 0
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_sequences_without_two_keys_to_judge_are_told(sinks):
+    """A single one has nothing to be told from: its loss is 0 as well."""
+    torch.manual_seed(0)
+    layer = DynamicMaskAttention(16, 2, 1, width=8, window=2, sinks=sinks, retention_after=20)
+    for tokens in (20 + sinks, 21 + sinks):
+        with pytest.warns(UserWarning, match="20 tokens after them; give longer sequences"):
+            layer(torch.randn(1, tokens, 16))
+        assert float(collect_retention_loss(layer)) == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        layer(torch.randn(1, 21, 16))
+        layer(torch.randn(1, 22 + sinks, 16))
+        assert float(collect_retention_loss(layer)) > 0
         layer.eval()(torch.randn(1, 20, 16))
 
 

@@ -333,6 +333,20 @@ def test_mqar_table_has_means_within_their_ranges(seeds):
         assert ends[0] <= mean <= ends[1]
 
 
+def test_a_table_holds_rows_that_were_trained_alike():
+    told = {"case": asdict(mqar.CASES[0]), "mixer": "dma", "hidden": 64, "tokens": 512}
+    rows = [{**told, "seed": 0, "steps": 1_500, "accuracy": 0.5},
+            {**told, "seed": 1, "steps": 1_500, "accuracy": 0.7},
+            {**told, "seed": 0, "steps": 9_000, "accuracy": 0.9}]  # fmt: skip
+    assert list(mqar.recalled(rows).values()) == [[0.5, 0.7]]
+    assert mqar.recalled([]) == {}
+    spent = {"size": "10M", "mixer": "full", "step_tokens": 64, "length": 8}
+    rows = [{**spent, "seed": 0, "tokens": 16, "steps": 2, "perplexity": 9.0},
+            {**spent, "seed": 1, "tokens": 16, "steps": 2, "perplexity": 8.0},
+            {**spent, "seed": 0, "tokens": 32, "steps": 4, "perplexity": 1.0}]  # fmt: skip
+    assert scaling.perplexities(rows) == {("10M", "full"): [9.0, 8.0]}
+
+
 @pytest.mark.parametrize("case", mqar.CASES, ids=str)
 @pytest.mark.parametrize("hidden", mqar.WIDTHS)
 def test_peers_of_equal_cache_hold_as_many_numbers_and_nsa_has_blocks_to_choose(case, hidden):

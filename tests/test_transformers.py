@@ -1,5 +1,6 @@
 """The transformers adapter: equal to the built-in attention, exact per sequence, traceless."""
 
+import contextlib
 import copy
 import threading
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from transformers.cache_utils import DynamicLayer  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
+from dynmask.integrations.convert import convert  # noqa: E402
 from dynmask.integrations.placement import Placement, linear_mask  # noqa: E402
 from dynmask.integrations.tally import sampled_rows  # noqa: E402
 from dynmask.integrations.transformers import sparsify  # noqa: E402
@@ -290,6 +292,64 @@ def test_packed_equals_separate(model, policy, monkeypatch):
                 alone = model(ids[row : row + 1, start : start + n]).logits[0]
                 torch.testing.assert_close(packed[row, start : start + n], alone, **CLOSE)
                 start += n
+
+
+SEVERAL = torch.cat([torch.arange(8), torch.arange(12)])[None]
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@torch.no_grad()
+def test_packed_rows_are_refused_where_transformers_reads_across_them(converted):
+    model = tiny_llama()
+    ids, mask = prompt(batch=2, padding=(6, 0))
+    ones = torch.ones_like(mask)
+    with contextlib.ExitStack() as stack:
+        if converted:
+            convert(model, width=8, window=2, sinks=1)
+        else:
+            stack.enter_context(sparsify(model, STREAMING))
+
+        def refused(beside, **given):
+            with pytest.raises(ValueError, match=f"one sequence in each row beside {beside}"):
+                model(ids, **{"position_ids": SEVERAL, **given})
+
+        refused("a cache")
+        refused("a cache", use_cache=True)
+        refused("a cache", past_key_values=DynamicCache(config=model.config), use_cache=False)
+        refused("an attention_mask", attention_mask=ones, use_cache=False)
+        refused("an attention_mask", attention_mask=mask)
+        refused("a cache", position_ids=torch.zeros_like(ids))  # of one token each
+        with pytest.raises(ValueError, match="the ends of 2 sequences alone"):
+            ends = torch.tensor([0, 8, 20], dtype=torch.int32)
+            model(ids, cu_seq_lens_q=ends, cu_seq_lens_k=ends, use_cache=False)
+        # what goes on working: packed alone, padding, gaps, one sequence, a mask of pairs
+        model(ids, position_ids=SEVERAL, use_cache=False)
+        model.config.use_cache = False
+        packed = model(ids, position_ids=SEVERAL).logits
+        alone = model(ids[:, 8:]).logits
+        torch.testing.assert_close(packed[:, 8:], alone, **CLOSE)
+        model.config.use_cache = True
+        padded = (mask.cumsum(-1) - 1).clamp(min=0)
+        torch.testing.assert_close(
+            model(ids, attention_mask=mask, position_ids=padded).logits[:, 6:],
+            model(ids, attention_mask=mask, position_ids=padded.masked_fill(mask == 0, 1))
+            .logits[:, 6:], **CLOSE,
+        )  # fmt: skip
+        model(ids, position_ids=2 * torch.arange(20)[None])
+        model(ids, cu_seq_lens_q=torch.tensor([0, 20]))
+        model(ids[:, -1:], position_ids=torch.tensor([[3]]))
+    if not converted:
+        with sparsify(model, STREAMING):
+            blocks = torch.block_diag(*(torch.ones(n, n).tril() for n in (8, 12))).bool()
+            model(ids, attention_mask=blocks.expand(2, 1, -1, -1), position_ids=SEVERAL)
+
+
+def test_packed_rows_train_under_gradient_checkpointing():
+    model = convert(tiny_llama(), width=8, window=2, sinks=1).train()
+    ids, _ = prompt(batch=2, padding=())
+    plain = model(ids, position_ids=SEVERAL, use_cache=False).logits
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(model(ids, position_ids=SEVERAL).logits, plain, **CLOSE)
 
 
 @torch.no_grad()

@@ -135,23 +135,24 @@ def retention_loss_of(
 
     Returns:
         Scalar, float32 (float64 for float64 scores): the mean over batch and kv heads, in nats.
-        0 where the sequence is too short for any key to be judged.
+        0 where the sequence is too short for two keys to be judged.
     """
     _check(query, key, scores, rows, after, late)
     keys, queries, scores = key.shape[2], query.shape[2], widened(scores)
     sinks = 0
     if protect is not None:
         sinks, after = protect.sinks, max(after, protect.window)
-    # A row is of use when a key that is to be judged lies far enough before it.
-    first = max(keys - queries, sinks + after)
-    if first >= keys:
+    if keys - after - sinks < 2:  # a key alone has nothing to be told from
         if not torch.compiler.is_compiling():
             warnings.warn(
-                f"the retention loss of a sequence is 0: it has no key behind {sinks} sinks with "
-                f"{after} tokens after it; give longer sequences, or a smaller retention_after",
+                f"the retention loss of a sequence is 0: it has no two keys behind {sinks} sinks "
+                f"with {after} tokens after them; give longer sequences, or a smaller "
+                "retention_after",
                 stacklevel=2,
             )
         return scores.sum() * 0
+    # A row is of use when a key that is to be judged lies far enough before it.
+    first = max(keys - queries, sinks + after)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):
         with torch.no_grad():
@@ -212,8 +213,8 @@ def collect_retention_loss(module: nn.Module) -> Tensor:
         if not loss.requires_grad:
             raise ValueError(
                 f"retention loss: expected one with a graph, received one of {name} that was "
-                "computed without gradients; use non-reentrant checkpointing "
-                "(use_reentrant=False), and leave out this call under no_grad"
+                "computed without gradients; leave out this call after a forward under no_grad, "
+                "and use non-reentrant checkpointing (use_reentrant=False)"
             )
         losses.append(loss)
     if not losses:

@@ -51,6 +51,11 @@ def spans_right_padded(lengths: Sequence[int], keys: int) -> list[Span]:
 
 def spans_packed(cu_seqlens: Sequence[int] | Tensor) -> list[Span]:
     """Spans of sequences laid end to end in one batch row, from their cumulative lengths."""
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() != 1:
+        raise ValueError(
+            "cu_seqlens: expected cumulative lengths [sequences + 1], received a tensor "
+            f"{list(cu_seqlens.shape)}; for lengths 3 and 5 pass [0, 3, 8]"
+        )
     ends = [int(x) for x in cu_seqlens]
     if len(ends) < 2 or ends[0] != 0 or any(b <= a for a, b in pairwise(ends)):
         raise ValueError(
