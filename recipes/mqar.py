@@ -513,6 +513,7 @@ def main() -> None:
         if options.results.parent == RESULTS:
             folder = Path(tempfile.mkdtemp(prefix="mqar-"))
             options.results, options.plot = folder / name, folder / "mqar.png"
+            print(f"rows and plot go to {folder}", flush=True)
     if options.tries:
         base = [] if options.smoke else read_rows(RESULTS / "mqar.jsonl")
         if not options.report:

@@ -227,7 +227,7 @@ def _caches(module: nn.Module, given: dict[str, Any]) -> bool:
 
 
 def _recomputes(module: nn.Module) -> bool:
-    """Whether layers of a model are checkpointed; newer versions of transformers have another name for it."""
+    """Whether layers are checkpointed; newer versions of transformers call it otherwise."""
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
     return bool(next((getattr(module, name) for name in names if hasattr(module, name)), False))
 
