@@ -189,7 +189,10 @@ def _check_packing(module: nn.Module, given: dict[str, Any]) -> None:
     It tells them apart by positions that start anew, and only without a cache and a mask. Reading
     positions waits for their device; they are read where the caller passes some, of several tokens.
     """
-    remedy = "Pass position_ids that start anew, use_cache=False and no attention_mask."
+    remedy = (
+        "Pass position_ids that start anew, use_cache=False (a trainer's model: config.use_cache = "
+        "False) and no attention_mask."
+    )
     positions, mask = given.get("position_ids"), given.get("attention_mask")
     ends = given.get("cu_seq_lens_q")
     if isinstance(ends, Tensor) and ends.numel() > 2 and positions is None:
