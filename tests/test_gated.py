@@ -1112,6 +1112,7 @@ def test_the_command_judges_the_end_of_documents_as_it_is_decoded(folder, tmp_pa
     ("options", "message"),
     [
         (("--decoded", "--lengths", "8"), "--lengths: expected more than the 8 judged tokens"),
+        (("--decoded", "--decode", "keep", "--judged", "1"), "--judged: expected at least 2 with"),
         (("--strength", "2"), "--strength: expected with --soft"),
         (("--steps", "2"), "--steps: expected with --encoder"),
         (("--rank", "2"), "--rank: expected with --encoder"),

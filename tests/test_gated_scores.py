@@ -196,6 +196,24 @@ def test_answers_may_be_judged_by_what_decoding_leaves(model, retained, decode):
         GatedSettings(soft=True, decode="keep")
 
 
+@pytest.mark.parametrize("decode", ["select", "keep"])
+def test_a_card_decodes_by_default_only_as_something_was_judged(model, decode):
+    """A way of decoding goes into a card with decoded tokens, or not at all."""
+    cheap = replace(SETTINGS, budgets=(Budget(5, 4),), decode=decode)
+    given = {"model": model, "documents": documents(60, 60), "progress": False}
+    given |= {"judged": [torch.tensor([50, 59])] * 2}
+    for decoded in (None, [0, 0]):
+        with pytest.raises(ValueError, match=rf"settings.decode: .*received '{decode}' and docum"):
+            calibrate_gates(settings=cheap, decoded=decoded, **given)
+    with pytest.raises(ValueError, match="Pass decoded to dynmask.budgets.calibrate_gates"):
+        dynmask.calibrate(model, documents(60), policy="gated", settings=cheap, progress=False)
+    made = calibrate_gates(settings=cheap, decoded=[0, 4], **given)
+    assert made.policy().decode == decode and made.header["decoded"] == 4
+    unjudged = calibrate_gates(settings=replace(cheap, decode="full"), **given)
+    assert unjudged.policy().decode == "full"
+    assert unjudged.policy(decode=decode).decode == decode
+
+
 def test_score_heads_that_are_of_no_use_are_refused_before_the_model_runs(model, retained):
     given = {"model": model, "documents": documents(60), "progress": False}
     value = train(model, replace(_retained_settings(), head="value", steps=1))

@@ -111,11 +111,11 @@ class GatedSettings:
             output of a head ("effect").
         soft, strength: of the policy; columns alone can be soft, so budgets must have no blocks and
             no diagonals. The card's ``kl_hard`` is then the divergence of the same gates without.
-        decode: under what ``decode`` of the policy answers are judged, where the calibration is
-            told what is answer (``decoded`` of :func:`dynmask.budgets.calibrate_gates`), and what
-            the card's policy decodes with unless it is told otherwise. Under "full" an answer costs
-            nothing that maps have evicted after the prompt. Under the others it is read token by
-            token.
+        decode: under what ``decode`` of the policy answers are judged, and what the card's policy
+            decodes with unless it is told otherwise. Under "full" an answer costs nothing that maps
+            have evicted after the prompt. Under the others it is read token by token, and the
+            calibration must be told what is answer (``decoded`` of
+            :func:`dynmask.budgets.calibrate_gates`).
 
     Raises:
         ValueError: a value of the wrong type or out of range.
