@@ -1070,7 +1070,7 @@ def calibrate(folder, out, *options):
 def test_the_command_trains_an_encoder_and_sets_the_guard(folder, tmp_path, capsys):
     call = ("--lengths", "260", "--documents", "2", "--guard", "0.5", "--encoder")
     assert calibrate(folder, tmp_path / "a", *call) == 2
-    assert "settings.rank: expected encoders of at most 1%" in capsys.readouterr().err
+    assert "--rank: expected encoders of at most 1%" in capsys.readouterr().err
     call = (*call, "--rank", "2", "--steps", "2", "--teacher", "effect")
     assert calibrate(folder, tmp_path / "a", *call) == 0
     header = json.loads(capsys.readouterr().out)
@@ -1116,9 +1116,9 @@ def test_the_command_judges_the_end_of_documents_as_it_is_decoded(folder, tmp_pa
         (("--strength", "2"), "--strength: expected with --soft"),
         (("--steps", "2"), "--steps: expected with --encoder"),
         (("--rank", "2"), "--rank: expected with --encoder"),
-        (("--soft", "--encoder"), "settings.soft: expected budgets without blocks"),
-        (("--soft", "--blocks"), "settings.soft: expected budgets without blocks"),
-        (("--guard", "2"), "guard in"),
+        (("--soft", "--encoder"), "--soft: expected budgets without blocks"),
+        (("--soft", "--blocks"), "--soft: expected budgets without blocks"),
+        (("--guard", "2"), "--guard: expected a share from 0 to 1"),
         (("--width", "600"), "--width: expected with another --policy"),
     ],
 )

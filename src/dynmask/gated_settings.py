@@ -175,8 +175,10 @@ class GatedSettings:
         self._check_encoder()
         if self.decode not in ("full", "select", "keep"):
             raise bad("settings.decode", "'full', 'select' or 'keep'", repr(self.decode)[:40])
-        if self.guard is not None and type(self.guard) not in (int, float):
-            raise bad("settings.guard", "a share, or None", repr(self.guard))
+        if self.guard is not None and (
+            type(self.guard) not in (int, float) or not 0 <= self.guard <= 1
+        ):
+            raise bad("settings.guard", "a share from 0 to 1, or None", repr(self.guard))
         for budget in budgets:
             Gates.full(1, 1).replaced(torch.ones(1, 1, dtype=torch.bool), **asdict(budget))
         self._check_soft()
@@ -186,13 +188,18 @@ class GatedSettings:
         """Raise ValueError for soft masks where they cannot be."""
         if type(self.soft) is not bool:
             raise bad("settings.soft", "True or False", repr(self.soft))
-        if type(self.strength) not in (int, float) or not abs(self.strength) < 1e300:
-            raise bad("settings.strength", "a finite number", repr(self.strength))
+        if type(self.strength) not in (int, float) or not 0 <= self.strength < 1e300:
+            raise bad("settings.strength", "a finite number of at least 0", repr(self.strength))
         if self.soft and any(budget.blocks or budget.slashes for budget in self.budgets):
             raise bad(
                 "settings.soft", "budgets without blocks and diagonals, which have no bias",
                 "some with",
-                "Pass budgets=dynmask.budgets.BUDGETS, or leave soft out.",
+                "Offer columns alone (dynmask.budgets.BUDGETS), or leave soft out.",
+            )  # fmt: skip
+        if self.soft and self.decode == "keep":
+            raise bad(
+                "settings.soft", "decode='full' or 'select', which remember no columns", "'keep'",
+                "Leave one of the two out.",
             )  # fmt: skip
 
     def _check_encoder(self) -> None:
