@@ -267,15 +267,36 @@ def gated_of(
     dense_up_to: int = 0,
     **options: Any,
 ) -> Gated:
-    """The policy of a gated card; ``decode`` and ``guard`` in place of the card's own.
+    """The policy of a gated card; ``decode`` and ``options`` in place of its own.
 
-    A card that was made before there were guards promises nothing.
+    Args:
+        card: of policy "gated".
+        decode: see :class:`dynmask.policies.gated.Gated`; the card's own when None.
+        dense_up_to: see there.
+        **options: ``guard``, ``soft`` and ``strength``, see there.
+
+    Raises:
+        ValueError: an option out of range, one that the card's maps rule out, or one without
+            effect: a guard of a card that was made before there were guards and promises nothing,
+            a strength without a bias.
     """
     names = [item.name for item in fields(Gates) if item.name in card.tensors]
     gates = Gates(**{name: card.tensors[name] for name in names})
     given = settings_of(card.header["settings"])
-    settings = replace(given, decode="full", **options)
+    try:
+        settings = replace(given, decode="full", **options)
+    except ValueError as error:  # it was an option of the policy that did not fit
+        raise ValueError(f"gated: {str(error).removeprefix('settings.')}") from None
     promise = card.header.get("least_mass")
+    if promise is None and options.get("guard") is not None:
+        raise bad(
+            "gated: guard", "a card that says what its maps kept", "one without", "Leave guard out."
+        )
+    if "strength" in options and not settings.soft:
+        raise bad(
+            "gated: strength", "soft masks, of whose bias it is the factor", "none",
+            "Ask for soft as well, or leave strength out.",
+        )  # fmt: skip
     promise = None if promise is None else torch.tensor(promise, dtype=torch.float32)
     scores = None
     if "scores" in card.header:

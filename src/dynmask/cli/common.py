@@ -40,7 +40,9 @@ POLICY_HELP = (
     "gated chooses for prompts, decoded tokens read every key, or what the card was judged with; "
     "gated:FOLDER,decode=select chooses for them too, gated:FOLDER,decode=keep drops what the "
     "prompt's last queries did not choose, gated:FOLDER,decode=full reads every key, "
-    "and gated:FOLDER,dense_up_to=8192 reads inputs of so many tokens whole"
+    "gated:FOLDER,dense_up_to=8192 reads inputs of so many tokens whole, "
+    "gated:FOLDER,guard=0.1 lets a map fall short of its promise by so much (none: never looks), "
+    "and gated:FOLDER,soft=true,strength=1 has soft masks"
 )
 
 
