@@ -12,7 +12,6 @@ to the query heads of a kv head together: only where all of them evict is memory
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -197,7 +196,7 @@ def calibrate_gates(
         "data": token_digest(documents),
         "judged": None if judged is None else token_digest(judged),
         **({} if decoded is None else {"decoded": [int(count) for count in decoded]}),
-        **({} if scores is None else {"scores": _digest(scores)}),
+        **({} if scores is None else {"scores": scores.digest}),
     }
     judge = Judge(model, documents, settings, seed, judged, decoded)
     if modules is not None:  # placed once, not in every trial
@@ -266,6 +265,12 @@ def calibrate_gates(
         own = list(gates.keeping)
         told = scores.header["settings"]
         header[SCORES] = {"head": told["head"], "hidden": told["hidden"], "layers": own}
+        header[SCORES]["origin"] = {
+            "name": scores.source,
+            "sha256": scores.digest,
+            "version": scores.header["version"],
+            **{name: scores.header["data"][name] for name in ("documents", "tokens")},
+        }
         for name, tensor in scores.tensors.items():
             place = name.removeprefix("layers.")
             if own[int(place.partition(".")[0])]:
@@ -299,14 +304,6 @@ def _modules_of(
         )  # fmt: skip
     scores.check(model)
     return scores.policy().modules
-
-
-def _digest(card: MaskCard) -> str:
-    """A name of a card's tensors: the same numbers, the same name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(card.tensors.items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_judged(judged: Sequence[Tensor] | None, documents: Sequence[Tensor]) -> None:
