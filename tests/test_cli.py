@@ -192,7 +192,7 @@ def test_every_setting_of_a_command_is_named_by_its_option(command):
         name = action.dest
         said = by_options(f"settings.{name}: expected more, received it", own, given)
         option, _, rest = said.partition(": ")
-        assert (option in action.option_strings or option == action.metavar), said
+        assert option in action.option_strings or option == action.metavar, said
         assert rest == "expected more, received it"
     for other in (
         "mask card: expected settings.length of at least 2, received 1",  # not what was typed

@@ -1170,7 +1170,7 @@ def test_commands_take_the_options_of_a_card(folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["policy"] == policy
     assert cli.main(["inspect", *asked, f"{policy},sofd=true"]) == 2
     said = capsys.readouterr().err
-    assert "error: policy gated: expected options decode, dense_up_to, guard, soft, strength" in said
+    assert "policy gated: expected options decode, dense_up_to, guard, soft, strength" in said
 
 
 def test_the_command_judges_the_end_of_documents_as_it_is_decoded(folder, tmp_path, monkeypatch):

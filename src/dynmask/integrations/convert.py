@@ -456,7 +456,7 @@ def _load_quietly(kind: Any, path: Path, kwargs: dict[str, Any]) -> PreTrainedMo
         "_keys_to_ignore_on_load_unexpected": ignored,
     }
     model = type(kind.__name__, (kind,), told).from_pretrained(path, **kwargs)
-    model.__class__ = kind
+    model.__class__ = kind  # type: ignore[misc]
     return model
 
 

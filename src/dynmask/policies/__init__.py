@@ -56,8 +56,8 @@ def parse(spec: str) -> Policy:
     """A policy from its text form: ``name``, ``name:field=value,...`` or ``dam:path-to-card``.
 
     A path to a card may be followed by the options of its policy (``CARD_OPTIONS``):
-    ``retained:path-to-card,width=512,budget=per_head``, ``gated:path-to-card,decode=keep,guard=0.1``
-    and ``gated:path-to-card,soft=true``. ``gated`` takes either a card or fields.
+    ``retained:path-to-card,width=512,budget=per_head``, ``gated:path-to-card,decode=keep`` and
+    ``gated:path-to-card,soft=true,guard=none``. ``gated`` takes either a card or fields.
 
     Raises:
         ValueError: an unknown name or field, a value of the wrong type or out of range.
