@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,24 @@ def same(a: MaskCard, b: MaskCard) -> bool:
 def test_round_trip_from_folder_and_file(saved: Path):
     assert same(MaskCard.from_pretrained(saved), make_card())
     assert same(MaskCard.from_pretrained(str(saved.parent)), make_card())
+
+
+def test_a_card_knows_the_name_of_where_it_was_loaded_from(saved: Path, monkeypatch):
+    assert make_card().source is None
+    name = saved.parent.name
+    monkeypatch.chdir(saved.parent)
+    for place in (saved, saved.parent, ".", saved.name, f"../{name}"):
+        assert MaskCard.from_pretrained(place).source == name
+
+
+def test_the_digest_is_of_names_and_numbers():
+    def digest(**tensors):
+        return MaskCard.digest.fget(SimpleNamespace(tensors=tensors))  # type: ignore[attr-defined]
+
+    one, two = torch.arange(3.0), torch.arange(3.0) + 1
+    assert digest(a=one, b=two) == digest(b=two.clone(), a=one)
+    assert len({digest(a=one, b=two), digest(a=two, b=one), digest(a=one, c=two)}) == 3
+    assert make_card().digest == digest(**make_tensors())
 
 
 def test_same_card_gives_same_bytes(tmp_path: Path, card_bytes: bytes):
@@ -471,7 +490,8 @@ def test_from_the_hub(saved: Path, monkeypatch):
         return str(saved)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert same(MaskCard.from_pretrained("someone/cards", revision="v1"), make_card())
+    card = MaskCard.from_pretrained("someone/cards", revision="v1")
+    assert same(card, make_card()) and card.source == "someone/cards"
     assert asked == [("someone/cards", FILE_NAME, "v1")]
 
 

@@ -1,5 +1,6 @@
 """The command line: every command on a stand-in model, exit codes, one clear line per error."""
 
+import argparse
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import torch
 
 from dynmask import cli
 from dynmask.cli.calibrate import documents, texts
-from dynmask.cli.common import policy_label, resolve_policy
+from dynmask.cli.common import by_options, policy_label, resolve_policy
 from dynmask.policies import Streaming
 from tests.stand_in import save_stand_in, stand_in_tokenizer
 
@@ -133,6 +134,94 @@ def test_bad_input_is_one_line_and_2(arguments, message, capsys, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tau", "-1"], "--tau: expected more than 0, received -1.0."),
+        (["--length", "8", "--min-support", "9"],
+         "--min-support: expected 1 to length (8), received 9. No pattern has more cells than "
+         "that: lower --min-support or raise --length."),
+        (["--amplifier", "loud"], "--amplifier: expected one of box_cox"),
+        (["--policy", "retained", "--minutes", "0"], "--minutes: expected more than 0"),
+        (["--policy", "retained", "--lengths", "9"], "--lengths: expected whole numbers of"),
+        (["--policy", "retained", "--width", "9"],
+         "--width: expected at least window and sinks (132), received 9. Raise --width or lower "
+         "--window."),
+        (["--policy", "retained", "--sinks", "-1"], "--sinks: expected a whole number"),
+        (["--policy", "retained", "--checkpoint", "max_kl.txt"],
+         "--checkpoint: expected a file that a run with these settings left, received max_kl.txt, "
+         "which cannot be read"),
+        (["--policy", "gated", "--max-kl", "0"], "--max-kl: expected a number above 0"),
+        (["--policy", "gated", "--density", "2"], "--density: expected a number above 0"),
+        (["--policy", "gated", "--sinks", "-1"], "--sinks: expected a whole number below 2**31"),
+        (["--policy", "gated", "--guard", "2"], "--guard: expected a share from 0 to 1, or None"),
+        (["--policy", "gated", "--soft", "--strength", "-1"], "--strength: expected a finite num"),
+        (["--policy", "gated", "--soft", "--blocks"],
+         "--soft: expected budgets without blocks and diagonals, which have no bias, received some "
+         "with. Offer columns alone (dynmask.budgets.BUDGETS), or leave --soft out."),
+        (["--policy", "gated", "--soft", "--decoded", "--decode", "keep"],
+         "--soft: expected decode='full' or 'select'"),
+        (["--policy", "gated", "--encoder", "--rank", "99999"], "--rank: expected a whole number"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_options_of_settings(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "max_kl.txt").write_text("no checkpoint")
+    line = refused(capsys, "calibrate", "--model", "m/m", "--out", "o", *arguments)
+    assert line.startswith(f"error: {message}") and "settings." not in line
+
+
+def test_other_commands_name_their_options_too(model, capsys):
+    asked = ["--model", model, "--quiet"]
+    few = ["evaluate", *asked, "--task", "lines", "--length", "20", "--n", "1"]
+    assert refused(capsys, *few, "--no-timing").startswith("error: --length: expected at least")
+    for command in (["generate", "--prompt", "a"], ["inspect", "--prompt", "a"]):
+        line = refused(capsys, *command, *asked, "--policy", "nope")
+        assert line.startswith("error: --policy: expected one of full, ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_setting_of_a_command_is_named_by_its_option(command):
+    top = cli.parser()
+    (commands,) = (x for x in top._actions if isinstance(x, argparse._SubParsersAction))
+    own = commands.choices[command]
+    given = argparse.Namespace(policy="gated:card", text=[], prompt=None, file="prompt")
+    for action in own._actions:
+        name = action.dest
+        said = by_options(f"settings.{name}: expected more, received it", own, given)
+        option, _, rest = said.partition(": ")
+        assert option in action.option_strings or option == action.metavar, said
+        assert rest == "expected more, received it"
+    for other in (
+        "mask card: expected settings.length of at least 2, received 1",  # not what was typed
+        "policy gated: expected decode as int, received 'max_kl'",
+        "settings.hidden_size: expected more, received less",
+        "prompt: expected at least 2 tokens, received 1",  # --file gave it
+        "--out: expected a folder, received max_kl",
+        "text: expected at least 9 tokens, received 1",
+        "documents[3]: expected tokens, received max_kl",
+        "no space left",
+    ):
+        assert by_options(other, own, given) == other
+    assert by_options("policy: expected x", own, given) == "--policy: expected x"
+
+
+def test_names_of_the_library_become_options_where_they_are_no_words():
+    top = cli.parser()
+    (commands,) = (x for x in top._actions if isinstance(x, argparse._SubParsersAction))
+    text = (
+        "settings.density: expected at least 1, which max_kl 2 allows, received 'max_kl' of "
+        "/out/max_kl and max_kl.txt. Raise max_kl. Leave blocks out, or leave out the encoder; "
+        "settings.rank is out of its depth, a density of 2 is one; lower hidden_size."
+    )
+    said = by_options(text, commands.choices["calibrate"], argparse.Namespace())
+    assert said == (
+        "--density: expected at least 1, which --max-kl 2 allows, received 'max_kl' of "
+        "/out/max_kl and max_kl.txt. Raise --max-kl. Leave --blocks out, or leave out the encoder; "
+        "--rank is out of its depth, a density of 2 is one; lower hidden_size."
+    )
 
 
 def test_failures_exit_with_1_and_debug_shows_where(capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Converted models: the policy's attention, trained in place, saved, copied and given back."""
 
 import copy
+import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -254,6 +255,39 @@ def test_saved_and_loaded(name, tmp_path):
     assert all(p.dtype == torch.float32 for s in scores_of(half).values() for p in s.parameters())
     plain = type(model).from_pretrained(tmp_path)
     assert not scores_of(plain) and plain.config._attn_implementation != "dynmask_layers"
+
+
+@pytest.fixture
+def reports():
+    """What transformers says while it loads models."""
+    logger, said = logging.getLogger("transformers.modeling_utils"), []
+
+    class Ear(logging.Handler):
+        def emit(self, record):
+            said.append(record.getMessage())
+
+    ear = Ear()
+    logger.addHandler(ear)
+    yield said
+    logger.removeHandler(ear)
+
+
+def test_only_tensors_that_nobody_reads_are_reported(name, tmp_path, reports):
+    model = converted(name)
+    model.save_pretrained(tmp_path)
+    loaded = load_converted(tmp_path)
+    assert not reports and type(loaded) is type(model)
+    stranger = {"model.layers.1.self_attn.stranger": torch.ones(3)}
+    model.save_pretrained(tmp_path, state_dict=model.state_dict() | stranger)
+    load_converted(tmp_path)
+    (report,) = reports
+    assert "self_attn.stranger" in report and "dynmask_score" not in report
+    type(model).from_pretrained(tmp_path)  # whoever leaves the scores out is told
+    assert "self_attn.stranger" in reports[1] and "dynmask_score" in reports[1]
+    kept = {n: x for n, x in model.state_dict().items() if n != "model.norm.weight"}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    load_converted(tmp_path)
+    assert len(reports) == 3 and "norm.weight" in reports[2] and "MISSING" in reports[2]
 
 
 def test_folders_that_cannot_be_loaded(tmp_path):

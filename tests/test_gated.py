@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import dynmask
 from dynmask import BlockMask, Budget, GatedSettings, LifetimeMask, MaskCard
 from dynmask.budgets import WITH_BLOCKS, calibrate_gates, choose_gates
+from dynmask.cli.common import policy_label
 from dynmask.encoder import block_estimate
 from dynmask.judge import Judge, digest_of, measure
 from dynmask.masks import MixedMask
@@ -792,6 +794,74 @@ def test_an_option_after_a_card_that_there_is_not_is_no_path(card, tmp_path):
     assert parse(f"gated:{tmp_path / 'a,b=c'}").gates is not None  # a path with a comma
 
 
+@given(
+    st.dictionaries(
+        st.sampled_from(["decode", "dense_up_to", "guard", "soft", "strength"]), st.integers(0, 2)
+    )
+)
+def test_text_after_a_card_is_what_python_would_ask_it_for(card, saved, chosen):
+    """The same policy, or the same refusal: no option is for one of the two alone."""
+    values = {
+        "decode": ("full", "select", "keep"), "dense_up_to": (0, 9, -1),
+        "guard": (None, 0.125, 1.5), "soft": (True, False, True), "strength": (0.5, 2.0, -1.0),
+    }  # fmt: skip
+    options: dict = {name: values[name][number] for name, number in chosen.items()}
+    text = ",".join([f"gated:{saved}", *(f"{k}={v}".lower() for k, v in options.items())])
+    try:
+        expected = card.policy(**options)
+    except ValueError as error:
+        with pytest.raises(ValueError) as refused:
+            parse(text)
+        assert str(refused.value) == str(error) and str(error).startswith("gated: ")
+        return
+    found: Any = parse(text)
+    assert found == expected and policy_label(text).partition(",")[2] == text.partition(",")[2]
+    assert (found.promise is None) == (expected.promise is None)
+
+
+@pytest.fixture(scope="module")
+def saved(card, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cards") / "card"
+    card.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("soft=1", "policy gated: expected soft as true or false, received '1'"),
+        ("guard=no", "policy gated: expected guard as a share or none, received 'no'"),
+        ("strength=", "policy gated: expected strength as float, received ''"),
+        ("dense_up_to=1.5", "policy gated: expected dense_up_to as int, received '1.5'"),
+        ("guard=nan", "gated: guard: expected a share from 0 to 1, or None, received nan"),
+        ("soft=true,strength=inf", "gated: strength: expected a finite number of at least 0"),
+        ("soft=true,decode=keep", "gated: soft: expected decode='full' or 'select'"),
+        ("strength=2", "gated: strength: expected soft masks.*Ask for soft as well"),
+        ("sinks=2", "expected options decode, dense_up_to, guard, soft, strength after a card, "
+         "received 'sinks=2'; correct it, or leave it out"),
+        ("soft=true,columns=2", "received 'columns=2'; correct it, or leave it out"),
+        ("soft", "which does not exist here"),
+    ],
+)  # fmt: skip
+def test_text_after_a_card_that_is_no_option_of_it_is_refused(saved, options, message):
+    with pytest.raises(ValueError, match=message):
+        parse(f"gated:{saved},{options}")
+
+
+def test_a_card_cannot_be_asked_for_what_it_has_not(model, card, tmp_path):
+    header, tensors = copied(card)
+    header.pop("least_mass")
+    old = MaskCard(header, tensors)
+    assert old.policy(guard=None).guard is None and old.policy().guard is None
+    with pytest.raises(ValueError, match="gated: guard: expected a card that says what its maps"):
+        old.policy(guard=0.5)
+    chooses = GatedSettings(**{**vars(SETTINGS), "budgets": (Budget(4, blocks=2),)})
+    blocks = calibrate_gates(model, documents(300), chooses, progress=False)
+    blocks.save_pretrained(tmp_path / "card")
+    with pytest.raises(ValueError, match="^gated: soft: expected budgets without blocks and diag"):
+        parse(f"gated:{tmp_path / 'card'},soft=true")
+
+
 def test_a_card_of_soft_masks_says_what_the_bias_changes(model, tmp_path):
     more = {"max_kl": 50.0, "soft": True, "strength": 2.0, "budgets": (Budget(4, 8),)}
     asked = GatedSettings(**{**vars(SETTINGS), **more})
@@ -1070,7 +1140,7 @@ def calibrate(folder, out, *options):
 def test_the_command_trains_an_encoder_and_sets_the_guard(folder, tmp_path, capsys):
     call = ("--lengths", "260", "--documents", "2", "--guard", "0.5", "--encoder")
     assert calibrate(folder, tmp_path / "a", *call) == 2
-    assert "settings.rank: expected encoders of at most 1%" in capsys.readouterr().err
+    assert "--rank: expected encoders of at most 1%" in capsys.readouterr().err
     call = (*call, "--rank", "2", "--steps", "2", "--teacher", "effect")
     assert calibrate(folder, tmp_path / "a", *call) == 0
     header = json.loads(capsys.readouterr().out)
@@ -1087,6 +1157,20 @@ def test_the_command_makes_soft_masks_of_columns(folder, tmp_path, capsys):
     header = json.loads(capsys.readouterr().out)
     assert header["settings"]["soft"] and header["kl_hard"] >= 0
     assert not any(budget["blocks"] for budget in header["settings"]["budgets"])
+
+
+def test_commands_take_the_options_of_a_card(folder, tmp_path, capsys):
+    from dynmask import cli
+
+    assert calibrate(folder, tmp_path / "a", "--lengths", "96", "--documents", "1") == 0
+    policy = f"gated:{tmp_path / 'a'},soft=true,strength=3,guard=none"
+    capsys.readouterr()
+    asked = ["--model", str(folder), "--prompt", "a b c " * 20, "--quiet", "--json", "--policy"]
+    assert cli.main(["generate", "--max-new-tokens", "2", *asked, policy]) == 0
+    assert json.loads(capsys.readouterr().out)["policy"] == policy
+    assert cli.main(["inspect", *asked, f"{policy},sofd=true"]) == 2
+    said = capsys.readouterr().err
+    assert "policy gated: expected options decode, dense_up_to, guard, soft, strength" in said
 
 
 def test_the_command_judges_the_end_of_documents_as_it_is_decoded(folder, tmp_path, monkeypatch):
@@ -1112,12 +1196,13 @@ def test_the_command_judges_the_end_of_documents_as_it_is_decoded(folder, tmp_pa
     ("options", "message"),
     [
         (("--decoded", "--lengths", "8"), "--lengths: expected more than the 8 judged tokens"),
+        (("--decoded", "--decode", "keep", "--judged", "1"), "--judged: expected at least 2 with"),
         (("--strength", "2"), "--strength: expected with --soft"),
         (("--steps", "2"), "--steps: expected with --encoder"),
         (("--rank", "2"), "--rank: expected with --encoder"),
-        (("--soft", "--encoder"), "settings.soft: expected budgets without blocks"),
-        (("--soft", "--blocks"), "settings.soft: expected budgets without blocks"),
-        (("--guard", "2"), "guard in"),
+        (("--soft", "--encoder"), "--soft: expected budgets without blocks"),
+        (("--soft", "--blocks"), "--soft: expected budgets without blocks"),
+        (("--guard", "2"), "--guard: expected a share from 0 to 1"),
         (("--width", "600"), "--width: expected with another --policy"),
     ],
 )

@@ -99,7 +99,8 @@ def card(model, retained):
 
 def test_a_card_keeps_where_it_can_afford_it_and_costs_what_it_says(model, retained, card):
     assert (card.tensors["kept"] == 4).all()  # nearly everything is allowed
-    assert card.header["scores"] == {"head": "pair", "hidden": 6, "layers": [True, True]}
+    told = {name: x for name, x in card.header["scores"].items() if name != "origin"}
+    assert told == {"head": "pair", "hidden": 6, "layers": [True, True]}
     judge = Judge(model, documents(90, 120), SETTINGS, 0)
     judge.scores = retained.policy().modules
     judge.prepare()
@@ -135,6 +136,31 @@ def test_the_policy_of_a_card_evicts_by_its_scores(model, retained, card, tmp_pa
     assert slots == [[1 + 3 + 4]] * 2
     promised = torch.tensor(again.header["least_mass"])
     assert torch.equal(policy.promise, promised) and (promised <= 1).all()
+
+
+@pytest.mark.parametrize("folder", ["my heads", None])
+def test_a_card_tells_which_card_its_score_heads_are_of(model, retained, tmp_path, folder, capsys):
+    from dynmask import cli
+
+    origin = retained
+    if folder is not None:  # the name of the folder, whose path is nobody's business
+        retained.save_pretrained(tmp_path / "secret" / folder)
+        origin = MaskCard.from_pretrained(tmp_path / "secret" / folder)
+    made = calibrate_gates(model, documents(60), SETTINGS, scores=origin, progress=False)
+    made.save_pretrained(tmp_path / "made")
+    again = MaskCard.from_pretrained(tmp_path / "made")
+    data = retained.header["data"]
+    assert again.header["scores"]["origin"] == {
+        "name": folder, "sha256": retained.digest, "version": dynmask.__version__,
+        "documents": data["documents"], "tokens": data["tokens"],
+    }  # fmt: skip
+    assert cli.main(["inspect", str(tmp_path / "made")]) == 0
+    readme = (tmp_path / "made" / "README.md").read_text()
+    for text in (readme, capsys.readouterr().out):
+        assert (folder or "a retained card without a name") in text and retained.digest in text
+        assert "secret" not in text and str(tmp_path) not in text
+    assert f"| tensors | `{made.digest}` |" in readme
+    assert made.digest == again.digest != retained.digest
 
 
 def test_layers_without_a_module_are_left_to_other_budgets(model, retained):
@@ -196,6 +222,24 @@ def test_answers_may_be_judged_by_what_decoding_leaves(model, retained, decode):
         GatedSettings(soft=True, decode="keep")
 
 
+@pytest.mark.parametrize("decode", ["select", "keep"])
+def test_a_card_decodes_by_default_only_as_something_was_judged(model, decode):
+    """A way of decoding goes into a card with decoded tokens, or not at all."""
+    cheap = replace(SETTINGS, budgets=(Budget(5, 4),), decode=decode)
+    given = {"model": model, "documents": documents(60, 60), "progress": False}
+    given |= {"judged": [torch.tensor([50, 59])] * 2}
+    for decoded in (None, [0, 0]):
+        with pytest.raises(ValueError, match=rf"settings.decode: .*received '{decode}' and docum"):
+            calibrate_gates(settings=cheap, decoded=decoded, **given)
+    with pytest.raises(ValueError, match="Pass decoded to dynmask.budgets.calibrate_gates"):
+        dynmask.calibrate(model, documents(60), policy="gated", settings=cheap, progress=False)
+    made = calibrate_gates(settings=cheap, decoded=[0, 4], **given)
+    assert made.policy().decode == decode and made.header["decoded"] == 4
+    unjudged = calibrate_gates(settings=replace(cheap, decode="full"), **given)
+    assert unjudged.policy().decode == "full"
+    assert unjudged.policy(decode=decode).decode == decode
+
+
 def test_score_heads_that_are_of_no_use_are_refused_before_the_model_runs(model, retained):
     given = {"model": model, "documents": documents(60), "progress": False}
     value = train(model, replace(_retained_settings(), head="value", steps=1))
@@ -247,6 +291,9 @@ def test_an_interrupted_calibration_goes_on_with_the_same_scores_alone(model, re
 
 def test_cards_of_a_time_before_scores_keep_nothing_by_them(card):
     header = json.loads(json.dumps(card.header))
+    header["scores"].pop("origin")
+    before = MaskCard(header, card.tensors)
+    assert before.policy().scored and "score heads" not in before._summary()
     header.pop("scores")
     for budget in header["settings"]["budgets"]:
         budget.pop("kept")
@@ -275,6 +322,13 @@ def _unfit(name):
         (lambda h, t: h["scores"].update(hidden=2**40), "scores.hidden from 1"),
         (lambda h, t: h["scores"].update(hidden=True), "scores.hidden from 1"),
         (lambda h, t: h["scores"].update(hidden=7), "scores.0.w_in.*received"),
+        (lambda h, t: h["scores"].update(origin=None), "a JSON object 'origin'"),
+        (lambda h, t: h["scores"].update(origin={}), "a name in scores.origin"),
+        (lambda h, t: h["scores"]["origin"].update(name=["a"]), "a name in scores.origin"),
+        (lambda h, t: h["scores"]["origin"].update(sha256=1), "scores.origin.sha256 as text"),
+        (lambda h, t: h["scores"]["origin"].pop("version"), "scores.origin.version as text"),
+        (lambda h, t: h["scores"]["origin"].update(tokens=0), "scores.origin.tokens of at least 1"),
+        (lambda h, t: h["scores"]["origin"].update(documents=True), "origin.documents of at least"),
         (lambda h, t: h["scores"].update(layers=[True]), "scores.layers as 2 times"),
         (lambda h, t: h["scores"].update(layers=[1, 1]), "scores.layers as 2 times"),
         (lambda h, t: h["scores"].update(layers=[True, False]), "unknown .'scores.1.b_in'"),

@@ -401,7 +401,7 @@ def test_card_round_trip(card, tmp_path):
         ("retained:{},width=8", "width"),
         ("retained:{},width=8,budget=per_head", "at least 9 keys a head"),
         ("retained:{},budget=more", "'even' or 'per_head'"),
-        ("retained:{},width=20,tau=3", "options width and budget"),
+        ("retained:{},width=20,tau=3", "options width, budget after a card"),
         ("dam:{}", "received one of 'retained'"),
     ],
 )

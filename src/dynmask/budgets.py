@@ -12,7 +12,6 @@ to the query heads of a kv head together: only where all of them evict is memory
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -146,7 +145,7 @@ def calibrate_gates(
         decoded: tokens at the end of each document that come after its prompt: of an answer all
             but the last, which nobody reads. The gates are for prompts, so these read every key,
             as they do when they are decoded, or what the settings' ``decode`` says. None at all by
-            default.
+            default; a ``decode`` other than "full" needs some.
         scores: a retained card of the same model, whose score heads say what maps keep; needed by
             budgets of kept keys, and for those alone.
         checkpoint: a file of what was measured, written as it comes and read when it is there, so
@@ -164,10 +163,10 @@ def calibrate_gates(
         layers where a map keeps by them.
 
     Raises:
-        ValueError: no documents or too short ones, bad settings, a model that cannot be
-            sparsified, scores of another model, or a checkpoint of another run; before the model
-            runs. A density that
-            ``max_kl`` does not allow; when that is known.
+        ValueError: no documents or too short ones, bad settings, a ``decode`` that nothing is
+            judged under, a model that cannot be sparsified, scores of another model, or a
+            checkpoint of another run; before the model runs. A density that ``max_kl`` does not
+            allow; when that is known.
     """
     from dynmask.integrations.checks import check_model
 
@@ -185,6 +184,7 @@ def calibrate_gates(
             )
     _check_judged(judged, documents)
     _check_decoded(decoded, documents)
+    _check_decode(settings, decoded)
     check_model(model)
     modules = _modules_of(scores, settings, model)
     description = describe_model(model)
@@ -196,7 +196,7 @@ def calibrate_gates(
         "data": token_digest(documents),
         "judged": None if judged is None else token_digest(judged),
         **({} if decoded is None else {"decoded": [int(count) for count in decoded]}),
-        **({} if scores is None else {"scores": _digest(scores)}),
+        **({} if scores is None else {"scores": scores.digest}),
     }
     judge = Judge(model, documents, settings, seed, judged, decoded)
     if modules is not None:  # placed once, not in every trial
@@ -265,6 +265,12 @@ def calibrate_gates(
         own = list(gates.keeping)
         told = scores.header["settings"]
         header[SCORES] = {"head": told["head"], "hidden": told["hidden"], "layers": own}
+        header[SCORES]["origin"] = {
+            "name": scores.source,
+            "sha256": scores.digest,
+            "version": scores.header["version"],
+            **{name: scores.header["data"][name] for name in ("documents", "tokens")},
+        }
         for name, tensor in scores.tensors.items():
             place = name.removeprefix("layers.")
             if own[int(place.partition(".")[0])]:
@@ -300,14 +306,6 @@ def _modules_of(
     return scores.policy().modules
 
 
-def _digest(card: MaskCard) -> str:
-    """A name of a card's tensors: the same numbers, the same name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(card.tensors.items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _check_judged(judged: Sequence[Tensor] | None, documents: Sequence[Tensor]) -> None:
     """Raise ValueError unless there are positions of every document."""
     if judged is None:
@@ -333,6 +331,20 @@ def _check_decoded(decoded: Sequence[int] | None, documents: Sequence[Tensor]) -
             raise bad(
                 f"decoded[{index}]", f"a whole number below its {len(document)} tokens", repr(count)
             )
+
+
+def _check_decode(settings: GatedSettings, decoded: Sequence[int] | None) -> None:
+    """Raise ValueError for a way of decoding that no token is judged under.
+
+    The card would decode so, and its divergence would say nothing about it.
+    """
+    if settings.decode != "full" and not any(decoded or ()):
+        raise bad(
+            "settings.decode", "some tokens that were decoded (decoded=), to be judged under it",
+            f"{settings.decode!r} and documents that are prompts as a whole",
+            "Pass decoded to dynmask.budgets.calibrate_gates, or leave decode out and ask the "
+            f"card for it, unjudged: card.policy(decode={settings.decode!r}).",
+        )  # fmt: skip
 
 
 def _search(

@@ -22,7 +22,9 @@
     encoder                         gated, with encoders: `kept` [layers], and `loss` [layers][2] on
                                     held-out documents, without and with
     scores                          gated, where maps keep by score: `head` and `hidden` of the
-                                    score modules, and `layers`, which of them have one
+                                    score modules, `layers`, which of them have one, and `origin`,
+                                    the retained card that they are of: its `name`, or null, the
+                                    `sha256` of its tensors, `version`, `documents` and `tokens`
 
 plus a SHA-256 of the header and one of the tensors, which are checked and dropped when loading.
 Loading reads bytes and numbers only; it never executes anything, and whatever is wrong with a file
@@ -50,6 +52,7 @@ from dynmask.card_kinds import (
     check_figures,
     is_int,
     judged_of,
+    origin_of,
     require,
     section,
     unpack_bits,
@@ -81,11 +84,15 @@ class MaskCard:
     maps keep by score, `kept` int32 [layers, h] and `scores.{i}.{name}` float32, the parameters of
     the score modules of layers that have one.
 
+    `source` is the name of the folder, or of the hub repository, that it was loaded from, without
+    the path to it; None of a card that was made here.
+
     Raises ValueError if header and tensors do not form a valid card.
     """
 
     header: dict[str, Any]
     tensors: dict[str, Tensor]
+    source: str | None = None
 
     def __post_init__(self) -> None:
         _check_header(self.header)
@@ -112,6 +119,14 @@ class MaskCard:
     def kept_mass(self) -> list[list[float]]:
         """[layers][heads]: mean share of a row's attention which that mask keeps."""
         return self.header["kept_mass"]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tensors' names and numbers, as a hex string."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def patterns(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Diagonals int32 [h, D], verticals int32 [h, V], true mask bool [h, L, L] of a layer."""
@@ -190,8 +205,8 @@ class MaskCard:
             path = path / FILE_NAME
             require(path.is_file(), f"a file {path}", "a folder without it", GET_ANOTHER)
         elif not path.is_file():
-            path = _download(os.fspath(source), revision)
-        return cls._from_file(path)
+            return cls._from_file(_download(os.fspath(source), revision), os.fspath(source))
+        return cls._from_file(path, Path(os.path.abspath(path)).parent.name or None)
 
     def push_to_hub(
         self,
@@ -240,7 +255,7 @@ class MaskCard:
         return to_safetensors(tensors, metadata={_METADATA_KEY: sealed})
 
     @classmethod
-    def _from_file(cls, path: Path) -> "MaskCard":
+    def _from_file(cls, path: Path, source: str | None) -> "MaskCard":
         size = path.stat().st_size
         with path.open("rb") as file:
             table, start = _read_table(file, size)
@@ -258,7 +273,7 @@ class MaskCard:
         for name, (first, last) in spans.items():
             dtype, shape = layout[name]
             tensors[name] = torch.frombuffer(data[first:last], dtype=dtype).view(shape)
-        return cls(header, tensors)
+        return cls(header, tensors, source)
 
     @property
     def settings(self) -> str:
@@ -280,6 +295,8 @@ class MaskCard:
                 f"\n| divergence | {self.header['kl']:.4g} nats, {self.header['trials']} trials"
                 f"{judged_of(self.header)} |"
             )
+        origin = origin_of(self.header)
+        scores = f"\n| score heads | {origin} |" if origin else ""
         return f"""---
 library_name: dynmask
 tags: [sparse-attention, long-context]
@@ -291,9 +308,10 @@ tags: [sparse-attention, long-context]
 | model | {shape} |
 | fingerprint | `{model["fingerprint"]}` |
 | calibrated on | {data["documents"]} documents, {data["tokens"]} tokens |
-| settings | {self.settings} |{cost}
+| settings | {self.settings} |{cost}{scores}
 | density at L {self.length} | {_mean(self.density):.2%} of the causal pairs |
 | attention mass kept | {_mean(self.kept_mass):.2%} |
+| tensors | `{self.digest}` |
 | written by | dynmask {self.header["version"]} |
 
 Density and mass are means over layers and heads, on the calibration documents. The card is for

@@ -221,6 +221,18 @@ def judged_of(header: dict[str, Any]) -> str:
     return f", {header['judged']} tokens judged, {header.get('decoded', 0)} read as decoded ones"
 
 
+def origin_of(header: dict[str, Any]) -> str:
+    """Which retained card the score heads of a gated card are of; empty where it does not say."""
+    origin = header["policy"] == "gated" and header.get(SCORES, {}).get("origin")
+    if not origin:
+        return ""
+    name = "a retained card without a name" if origin["name"] is None else f"`{origin['name']}`"
+    return (
+        f"{name}, tensors `{origin['sha256']}`, trained on {origin['documents']} documents, "
+        f"{origin['tokens']} tokens, by dynmask {origin['version']}"
+    )
+
+
 def use_of(header: dict[str, Any]) -> str:
     """The lines of Python that generate under a card, with the cache that frees what it drops."""
     drops = header["settings"].get("decode", "full") != "full"
@@ -334,6 +346,20 @@ class GatedTensors:
             f"scores.layers as {model['layers']} times true or false",
             str(flags)[:80],
         )
+        if "origin" in told:  # cards of a time before do not say
+            GatedTensors._check_origin(section(told, "origin"))
+
+    @staticmethod
+    def _check_origin(origin: dict[str, Any]) -> None:
+        """What is said of the card that the score modules are of."""
+        name = origin.get("name", 0)
+        require(name is None or isinstance(name, str), "a name in scores.origin", str(name)[:80])
+        for field in ("sha256", "version"):
+            found = origin.get(field)
+            require(isinstance(found, str), f"scores.origin.{field} as text", str(found)[:80])
+        for field in ("documents", "tokens"):
+            found = origin.get(field)
+            require(is_int(found, 1), f"scores.origin.{field} of at least 1", str(found)[:80])
 
     @staticmethod
     def _check_encoder(header: dict[str, Any]) -> None:

@@ -111,11 +111,11 @@ class GatedSettings:
             output of a head ("effect").
         soft, strength: of the policy; columns alone can be soft, so budgets must have no blocks and
             no diagonals. The card's ``kl_hard`` is then the divergence of the same gates without.
-        decode: under what ``decode`` of the policy answers are judged, where the calibration is
-            told what is answer (``decoded`` of :func:`dynmask.budgets.calibrate_gates`), and what
-            the card's policy decodes with unless it is told otherwise. Under "full" an answer costs
-            nothing that maps have evicted after the prompt. Under the others it is read token by
-            token.
+        decode: under what ``decode`` of the policy answers are judged, and what the card's policy
+            decodes with unless it is told otherwise. Under "full" an answer costs nothing that maps
+            have evicted after the prompt. Under the others it is read token by token, and the
+            calibration must be told what is answer (``decoded`` of
+            :func:`dynmask.budgets.calibrate_gates`).
 
     Raises:
         ValueError: a value of the wrong type or out of range.
@@ -175,8 +175,10 @@ class GatedSettings:
         self._check_encoder()
         if self.decode not in ("full", "select", "keep"):
             raise bad("settings.decode", "'full', 'select' or 'keep'", repr(self.decode)[:40])
-        if self.guard is not None and type(self.guard) not in (int, float):
-            raise bad("settings.guard", "a share, or None", repr(self.guard))
+        if self.guard is not None and (
+            type(self.guard) not in (int, float) or not 0 <= self.guard <= 1
+        ):
+            raise bad("settings.guard", "a share from 0 to 1, or None", repr(self.guard))
         for budget in budgets:
             Gates.full(1, 1).replaced(torch.ones(1, 1, dtype=torch.bool), **asdict(budget))
         self._check_soft()
@@ -186,13 +188,18 @@ class GatedSettings:
         """Raise ValueError for soft masks where they cannot be."""
         if type(self.soft) is not bool:
             raise bad("settings.soft", "True or False", repr(self.soft))
-        if type(self.strength) not in (int, float) or not abs(self.strength) < 1e300:
-            raise bad("settings.strength", "a finite number", repr(self.strength))
+        if type(self.strength) not in (int, float) or not 0 <= self.strength < 1e300:
+            raise bad("settings.strength", "a finite number of at least 0", repr(self.strength))
         if self.soft and any(budget.blocks or budget.slashes for budget in self.budgets):
             raise bad(
                 "settings.soft", "budgets without blocks and diagonals, which have no bias",
                 "some with",
-                "Pass budgets=dynmask.budgets.BUDGETS, or leave soft out.",
+                "Offer columns alone (dynmask.budgets.BUDGETS), or leave soft out.",
+            )  # fmt: skip
+        if self.soft and self.decode == "keep":
+            raise bad(
+                "settings.soft", "decode='full' or 'select', which remember no columns", "'keep'",
+                "Leave one of the two out.",
             )  # fmt: skip
 
     def _check_encoder(self) -> None:
@@ -260,15 +267,36 @@ def gated_of(
     dense_up_to: int = 0,
     **options: Any,
 ) -> Gated:
-    """The policy of a gated card; ``decode`` and ``guard`` in place of the card's own.
+    """The policy of a gated card; ``decode`` and ``options`` in place of its own.
 
-    A card that was made before there were guards promises nothing.
+    Args:
+        card: of policy "gated".
+        decode: see :class:`dynmask.policies.gated.Gated`; the card's own when None.
+        dense_up_to: see there.
+        **options: ``guard``, ``soft`` and ``strength``, see there.
+
+    Raises:
+        ValueError: an option out of range, one that the card's maps rule out, or one without
+            effect: a guard of a card that was made before there were guards and promises nothing,
+            a strength without a bias.
     """
     names = [item.name for item in fields(Gates) if item.name in card.tensors]
     gates = Gates(**{name: card.tensors[name] for name in names})
     given = settings_of(card.header["settings"])
-    settings = replace(given, decode="full", **options)
+    try:
+        settings = replace(given, decode="full", **options)
+    except ValueError as error:  # it was an option of the policy that did not fit
+        raise ValueError(f"gated: {str(error).removeprefix('settings.')}") from None
     promise = card.header.get("least_mass")
+    if promise is None and options.get("guard") is not None:
+        raise bad(
+            "gated: guard", "a card that says what its maps kept", "one without", "Leave guard out."
+        )
+    if "strength" in options and not settings.soft:
+        raise bad(
+            "gated: strength", "soft masks, of whose bias it is the factor", "none",
+            "Ask for soft as well, or leave strength out.",
+        )  # fmt: skip
     promise = None if promise is None else torch.tensor(promise, dtype=torch.float32)
     scores = None
     if "scores" in card.header:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 from . import calibrate, evaluate, generate, inspect, serve
-from .common import FAILURE, INTERRUPTED, USAGE, say
+from .common import FAILURE, INTERRUPTED, USAGE, by_options, say
 
 __all__ = ["main", "parser"]
 
@@ -61,6 +61,12 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _command(top: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
+    """The parser of one command."""
+    (commands,) = (x for x in top._actions if isinstance(x, argparse._SubParsersAction))
+    return commands.choices[name]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a usage error leaves through ``SystemExit(2)``."""
     top = parser()
@@ -96,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             traceback.print_exc()
         else:
-            say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+            text = " ".join(str(error).split()) or type(error).__name__
+            say(f"error: {by_options(text, _command(top, arguments.command), arguments)}")
             if not isinstance(error, ValueError):
                 say("(run again with --debug for the full traceback)")
         return USAGE if isinstance(error, ValueError) else FAILURE

@@ -346,6 +346,11 @@ def _gated(arguments: argparse.Namespace, folder: Path) -> int:
             f"--lengths: expected more than the {arguments.judged} judged tokens with --decoded, "
             f"received {wanted[0]}; a document begins with a prompt"
         )
+    if arguments.decode != "full" and arguments.judged < 2:
+        raise ValueError(
+            f"--judged: expected at least 2 with --decode {arguments.decode}, received "
+            f"{arguments.judged}; the prompt predicts the first of them"
+        )
     scores = None if arguments.scores is None else MaskCard.from_pretrained(arguments.scores)
     model, pieces, _ = _pieces(arguments, wanted, arguments.documents or 2)
     card = calibrate_gates(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ __all__ = [
     "USAGE",
     "add_model_options",
     "add_prompt_options",
+    "by_options",
     "count",
     "load",
     "policy_label",
@@ -38,13 +40,53 @@ POLICY_HELP = (
     "gated chooses for prompts, decoded tokens read every key, or what the card was judged with; "
     "gated:FOLDER,decode=select chooses for them too, gated:FOLDER,decode=keep drops what the "
     "prompt's last queries did not choose, gated:FOLDER,decode=full reads every key, "
-    "and gated:FOLDER,dense_up_to=8192 reads inputs of so many tokens whole"
+    "gated:FOLDER,dense_up_to=8192 reads inputs of so many tokens whole, "
+    "gated:FOLDER,guard=0.1 lets a map fall short of its promise by so much (none: never looks), "
+    "and gated:FOLDER,soft=true,strength=1 has soft masks"
 )
 
 
 def say(text: str) -> None:
     """Print a line to stderr, where everything but results goes."""
     print(text, file=sys.stderr, flush=True)
+
+
+def by_options(text: str, command: argparse.ArgumentParser, given: argparse.Namespace) -> str:
+    """Return an error's text with options where the library names its arguments.
+
+    A text that begins with a setting of the command (``settings.max_kl: expected ...``), or with an
+    argument of its name that was given, is about that option; so are the names in it that no
+    sentence has (``max_kl``) and those that it says to leave out, to raise or to lower. Any other
+    text stays as it is: a card has settings of its own, which no option changes.
+
+    Args:
+        text: of the error.
+        command: the parser of the command that was run.
+        given: its arguments.
+    """
+    names = {
+        action.dest: max(action.option_strings, key=len, default=str(action.metavar))
+        for action in command._actions
+    }
+    about = re.match(r"(settings\.)?(\w+): expected ", text)
+    if about is None or about[2] not in names:
+        return text
+    if about[1] is None and getattr(given, about[2], None) in (None, []):
+        return text
+
+    def named(found: re.Match[str]) -> str:
+        name = next(group for group in found.groups() if group is not None)
+        return names.get(name, found[0])
+
+    return f"{names[about[2]]}: expected {_NAMES.sub(named, text[about.end() :])}"
+
+
+_NAMES = re.compile(
+    r"settings\.(\w+)"
+    r"|(?<=[Ll]eave )(\w+)(?= out\b)|(?<=[Rr]aise |[Ll]ower )(\w+)"
+    r"|(?<![\w/.'\"-])(\w+_\w+)(?![\w/'\"-]|\.\w)"  # not in a path, nor in what was typed
+)
+"""Where an error's text may name an argument."""
 
 
 def positive(text: str) -> int:

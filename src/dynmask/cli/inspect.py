@@ -141,7 +141,8 @@ def describe_card(card: Any) -> str:
     header = card.header
     model, data = header["model"], header["data"]
     lines = [
-        f"mask card   {header['policy']}, written by dynmask {header['version']}",
+        f"mask card   {header['policy']}, written by dynmask {header['version']}, "
+        f"tensors {card.digest[:12]}",
         f"model       {model['architecture']}, {model['layers']} layers, {model['heads']} heads, "
         f"{model['kv_heads']} kv heads, fingerprint {model['fingerprint'][:12]}",
         f"data        {data['documents']} documents, {data['tokens']:,} tokens",
@@ -156,14 +157,16 @@ def describe_card(card: Any) -> str:
 
 def _gates(card: Any) -> list[str]:
     """Return what each map of a gated card reads, one line per layer, and what that costs."""
-    from dynmask.card_kinds import judged_of
+    from dynmask.card_kinds import judged_of, origin_of
 
     header, tensors = card.header, card.tensors
     if header["policy"] != "gated":
         return []
     block = header["settings"].get("block", 64)
+    origin = origin_of(header)
     lines = [
         f"divergence  {header['kl']:.4g} nats, {header['trials']} trials{judged_of(header)}",
+        *([f"score heads {origin.replace('`', '')}"] if origin else []),
         "",
         f"gates of heads 0 to {tensors['window'].shape[1] - 1}: window + columns, window + blocks "
         f"x {block}, or window + keys kept by score (s); diagonals (d) beside columns and a "

@@ -420,7 +420,7 @@ def load_converted(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(path) if given is None else given
     names = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
     kind = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
-    model = kind.from_pretrained(path, **kwargs)
+    model = _load_quietly(kind, path, kwargs)
     if hasattr(model.config, SETTINGS):
         delattr(model.config, SETTINGS)
     changed = settings.pop(LAYERS, {})
@@ -439,6 +439,25 @@ def load_converted(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         )
     model.load_state_dict(saved, strict=False)
     return model.eval()
+
+
+def _load_quietly(kind: Any, path: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """A model without its scores; transformers is told that others read them.
+
+    It would report them as unexpected tensors. What it has to say of any other tensor, it says.
+    """
+    if not issubclass(kind, PreTrainedModel):  # code from the hub: its class is not known yet
+        return kind.from_pretrained(path, **kwargs)
+    ignored = {*(kind._keys_to_ignore_on_load_unexpected or ()), rf"\.{SCORE}\."}
+    # a class of its own, so that no model that is loaded meanwhile ignores them too
+    told = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "_keys_to_ignore_on_load_unexpected": ignored,
+    }
+    model = type(kind.__name__, (kind,), told).from_pretrained(path, **kwargs)
+    model.__class__ = kind  # type: ignore[misc]
+    return model
 
 
 def settings_of(path: Path) -> dict[str, Any]:

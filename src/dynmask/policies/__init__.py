@@ -47,9 +47,6 @@ FIXED = {
 FROM_CARD = (Dam.name, Retained.name, Gated.name)
 """Policies that a mask card gives, by name; gated also runs without one."""
 
-CARD_OPTIONS = {Retained.name: ("width", "budget"), Gated.name: ("decode", "dense_up_to")}
-"""What may follow the path of a card in the text form of its policy."""
-
 _FIELD = re.compile(r"[a-z_]+")
 
 NAMES = tuple(dict.fromkeys((*FIXED, *FROM_CARD)))
@@ -58,9 +55,9 @@ NAMES = tuple(dict.fromkeys((*FIXED, *FROM_CARD)))
 def parse(spec: str) -> Policy:
     """A policy from its text form: ``name``, ``name:field=value,...`` or ``dam:path-to-card``.
 
-    ``retained:path-to-card`` may be followed by ``,width=512`` and ``,budget=per_head``,
-    ``gated:path-to-card`` by ``,decode=keep`` or ``,dense_up_to=8192``. ``gated`` takes either a
-    card or fields.
+    A path to a card may be followed by the options of its policy (``CARD_OPTIONS``):
+    ``retained:path-to-card,width=512,budget=per_head``, ``gated:path-to-card,decode=keep`` and
+    ``gated:path-to-card,soft=true,guard=none``. ``gated`` takes either a card or fields.
 
     Raises:
         ValueError: an unknown name or field, a value of the wrong type or out of range.
@@ -123,14 +120,28 @@ def _switch(text: str) -> bool:
     return text == "true"
 
 
+def _share(text: str) -> float | None:
+    """A share, or none, as text; whether it is one, the policy says."""
+    return None if text == "none" else float(text)
+
+
 _switch.__name__ = "true or false"  # what errors call it
+_share.__name__ = "a share or none"
+
+CARD_OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
+    Retained.name: {"width": int, "budget": str},
+    Gated.name: {
+        "decode": str, "dense_up_to": int, "guard": _share, "soft": _switch, "strength": float,
+    },
+}  # fmt: skip
+"""What may follow the path of a card in the text form of its policy, and how it is read."""
 
 
 def split_card(rest: str, name: str = Retained.name) -> tuple[str, dict[str, str]]:
     """Path and options of ``path,option=value,...``; a path may hold commas of its own."""
     path, *items = rest.split(",")
     options: dict[str, str] = {}
-    known = CARD_OPTIONS.get(name, ())
+    known = CARD_OPTIONS.get(name, {})
     for item in items:
         field, equals, text = item.partition("=")
         if equals and field in known:
@@ -139,7 +150,8 @@ def split_card(rest: str, name: str = Retained.name) -> tuple[str, dict[str, str
         card = equals and Path(path).exists() and not Path(f"{path},{item}").exists()
         if options or card:
             raise ValueError(
-                f"policy {name}: expected options {' and '.join(known)}, received {item!r}"
+                f"policy {name}: expected options {', '.join(known) or '(none)'} after a card, "
+                f"received {item!r}; correct it, or leave it out"
             )
         path += f",{item}"
     return path, options
@@ -161,15 +173,15 @@ def _from_card(name: str, rest: str) -> Policy:
             f"policy {name}: expected a card of that policy, received one of "
             f"{card.header['policy']!r}; pass {card.header['policy']}:{path}"
         )
-    options: dict[str, int | str] = dict(texts)
-    for field in ("width", "dense_up_to"):
-        if field in options:
-            try:
-                options[field] = int(texts[field])
-            except ValueError:
-                raise ValueError(
-                    f"policy {name}: expected {field} as int, received {texts[field]!r}"
-                ) from None
+    options: dict[str, Any] = {}
+    for field, text in texts.items():
+        read = CARD_OPTIONS[name][field]
+        try:
+            options[field] = read(text)
+        except ValueError:
+            raise ValueError(
+                f"policy {name}: expected {field} as {read.__name__}, received {text!r}"
+            ) from None
     return card.policy(**options)
 
 
