@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from dynmask import BoundedCache, GatedCache
-from dynmask.card import FILE_NAME, MaskCard, describe_model, fingerprint
+from dynmask.card import FILE_NAME, MaskCard
 from dynmask.card_kinds import pack_bits, unpack_bits, use_of
+from dynmask.fingerprints import describe_model, fingerprint
 from tests.tiny import tiny_llama, tiny_qwen3
 
 LAYERS, HEADS, LENGTH = 2, 4, 12

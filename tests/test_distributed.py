@@ -360,7 +360,8 @@ def tensor_cases(cases, folder):
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
-    from dynmask.card import MaskCard, describe_model
+    from dynmask.card import MaskCard
+    from dynmask.fingerprints import describe_model
 
     one: Any = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
     split: Any = AutoModelForCausalLM.from_pretrained(

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 import dynmask
 from dynmask import Budget, GatedSettings, MaskCard
 from dynmask.budgets import BUDGETS, calibrate_gates
-from dynmask.card import describe_model
 from dynmask.encoder import BlockEncoder, BlockSummary, block_estimate
 from dynmask.encoder_loss import block_effects, block_masses, encoder_loss, encoder_loss_of
 from dynmask.encoder_training import EncoderTraining
+from dynmask.fingerprints import describe_model
 from dynmask.masks.base import repeat_heads
 from dynmask.policies import Gated, Layer
 from dynmask.retention import LATE_ROWS

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dynmask import policies
-from dynmask.card import fingerprint
+from dynmask.fingerprints import fingerprint
 from dynmask.integrations.asking import ask, compute
 from dynmask.integrations.vllm import checks
 from dynmask.integrations.vllm import layer as paged_layer

@@ -23,12 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynmask.card import SCHEMA, MaskCard, describe_model, write_atomically
+from dynmask.card import MaskCard
+from dynmask.card_file import SCHEMA
 from dynmask.card_kinds import ENCODER_TENSORS, SCORES, slashes_in
-from dynmask.checkpoint import unreadable
+from dynmask.checkpoint import unreadable, write_atomically
 from dynmask.documents import check_document, token_digest, vocabulary_of
 from dynmask.encoder_training import EncoderTraining
 from dynmask.errors import bad
+from dynmask.fingerprints import describe_model
 from dynmask.gated_settings import (
     BLOCK_BUDGETS,
     BUDGETS,

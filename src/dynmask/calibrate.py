@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from dynmask.amplify import AMPLIFIERS, amplify
 from dynmask.capture import mean_attention
-from dynmask.card import SCHEMA, MaskCard, describe_model
+from dynmask.card import MaskCard
+from dynmask.card_file import SCHEMA
 from dynmask.card_kinds import pack_bits
 from dynmask.documents import token_digest, windows_of
 from dynmask.errors import bad
+from dynmask.fingerprints import describe_model
 
 if TYPE_CHECKING:
     from dynmask.budgets import GatedSettings

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynmask.card import describe_model
 from dynmask.errors import bad
+from dynmask.fingerprints import describe_model
 
 _IMPLEMENTATION = "dynmask_capture"
 

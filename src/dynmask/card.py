@@ -32,42 +32,29 @@ is a `ValueError` before the first tensor is used.
 """
 
 import hashlib
-import json
-import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from dynmask.card_file import check, read, to_bytes
 from dynmask.card_kinds import (
     GET_ANOTHER,
     POLICIES,
-    Layout,
-    check_figures,
-    is_int,
     judged_of,
     origin_of,
     require,
-    section,
     unpack_bits,
     use_of,
 )
+from dynmask.checkpoint import write_atomically
+from dynmask.fingerprints import describe_model, shape_of
 
 FILE_NAME = "mask_card.safetensors"
-SCHEMA = 1
-
-_METADATA_KEY = "dynmask"
-_MAX_JSON_BYTES = 16 * 2**20
-_MAX_DIMENSIONS = 8
-_DTYPES = {"I32": torch.int32, "U8": torch.uint8, "F32": torch.float32}
-_MODEL_FIELDS = ("layers", "heads", "kv_heads", "head_dim")
-_SAMPLES_PER_PARAMETER = 16
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -95,10 +82,7 @@ class MaskCard:
     source: str | None = None
 
     def __post_init__(self) -> None:
-        _check_header(self.header)
-        layout = {name: (t.dtype, tuple(t.shape)) for name, t in self.tensors.items()}
-        _check_layout(self.header, layout)
-        _check_values(self.header, self.tensors)
+        check(self.header, self.tensors)
 
     @property
     def length(self) -> int:
@@ -165,7 +149,7 @@ class MaskCard:
 
         For before the weights are there; whose weights they are, `check` says.
         """
-        self._compare(_shape_of(config))
+        self._compare(shape_of(config))
 
     def _compare(self, received: dict[str, Any]) -> None:
         """Raise ValueError where what is known of a model differs from the card's."""
@@ -185,7 +169,7 @@ class MaskCard:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE_NAME
-        write_atomically(path, self._to_bytes())
+        write_atomically(path, to_bytes(self.header, self.tensors))
         readme = folder / "README.md"
         if not readme.exists():
             write_atomically(readme, self._summary().encode())
@@ -205,8 +189,8 @@ class MaskCard:
             path = path / FILE_NAME
             require(path.is_file(), f"a file {path}", "a folder without it", GET_ANOTHER)
         elif not path.is_file():
-            return cls._from_file(_download(os.fspath(source), revision), os.fspath(source))
-        return cls._from_file(path, Path(os.path.abspath(path)).parent.name or None)
+            return cls(*read(_download(os.fspath(source), revision)), os.fspath(source))
+        return cls(*read(path), Path(os.path.abspath(path)).parent.name or None)
 
     def push_to_hub(
         self,
@@ -238,42 +222,6 @@ class MaskCard:
             f"{model['layers']} layers x {model['heads']} heads, L {self.length}, "
             f"density {_mean(self.density):.1%}, kept mass {_mean(self.kept_mass):.1%})"
         )
-
-    def _to_bytes(self) -> bytes:
-        from safetensors.torch import save as to_safetensors
-
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
-        # The data section does not depend on the metadata, so it can be hashed beforehand.
-        plain = to_safetensors(tensors)
-        start = 8 + int.from_bytes(plain[:8], "little")
-        table = json.loads(plain[8:start])
-        seals = {
-            "header_sha256": _header_digest(self.header),
-            "tensors_sha256": _tensors_digest(table, memoryview(plain)[start:]),
-        }
-        sealed = json.dumps(self.header | seals, sort_keys=True, allow_nan=False)
-        return to_safetensors(tensors, metadata={_METADATA_KEY: sealed})
-
-    @classmethod
-    def _from_file(cls, path: Path, source: str | None) -> "MaskCard":
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            table, start = _read_table(file, size)
-            header, seals = _read_header(table)
-            layout, spans = _check_spans(table, size - start)
-            _check_layout(header, layout)
-            data = bytearray(file.read())
-        require(
-            seals == (_header_digest(header), _tensors_digest(table, data)),
-            "contents that match its own SHA-256",
-            "a file that was changed after it was written",
-            GET_ANOTHER,
-        )
-        tensors = {}
-        for name, (first, last) in spans.items():
-            dtype, shape = layout[name]
-            tensors[name] = torch.frombuffer(data[first:last], dtype=dtype).view(shape)
-        return cls(header, tensors, source)
 
     @property
     def settings(self) -> str:
@@ -327,274 +275,8 @@ card.check(model)
 """
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's shape and of a sample of its weights, as a hex string.
-
-    The sample is up to 16 evenly spread elements of every parameter, rounded to bfloat16, so that
-    the same checkpoint gives the same fingerprint in float32 and in bfloat16 and on any device.
-    Parameters that are split over processes are gathered one at a time: every process calls this.
-    """
-    return fingerprint_of(model, _samples_of(model))
-
-
-def fingerprint_of(
-    model: nn.Module, samples: Iterable[tuple[str, tuple[int, ...], list[float]]]
-) -> str:
-    """The fingerprint of a model's shape and of samples of its weights.
-
-    `samples` holds name, shape and sample (see `sampled`) of every parameter, in order of names.
-    """
-    digest = hashlib.sha256(json.dumps(_shape_of(_config_of(model)), sort_keys=True).encode())
-    for name, shape, sample in samples:
-        digest.update(f"{name} {shape} {sample}\n".encode())
-    return digest.hexdigest()
-
-
-def _samples_of(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], list[float]]]:
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.is_meta:
-            raise ValueError(
-                f"model: expected loaded weights, received {name} on the meta device. "
-                "Load the weights before you calibrate or check a card."
-            )
-        yield name, tuple(parameter.shape), _sample(whole(parameter))
-
-
-def describe_model(model: nn.Module) -> dict[str, Any]:
-    """The `model` entry of a card's header."""
-    return _shape_of(_config_of(model)) | {"fingerprint": fingerprint(model)}
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter itself, or all of one that is split over processes (a DTensor)."""
-    gathered = getattr(parameter, "full_tensor", None)
-    return parameter if gathered is None else gathered()
-
-
-def _sample(parameter: Tensor) -> list[float]:
-    flat = parameter.detach().reshape(-1)
-    return sampled(flat.numel(), lambda at: flat[torch.tensor(at).to(flat.device)])
-
-
-def sampled(numel: int, read: Callable[[list[int]], Tensor]) -> list[float]:
-    """The numbers that stand for a parameter of so many, rounded; `read` gives those at places."""
-    count = min(_SAMPLES_PER_PARAMETER, numel)
-    values = read([i * numel // count for i in range(count)])
-    if values.is_floating_point():
-        values = values.to(torch.bfloat16)
-    return values.cpu().tolist()
-
-
-def _config_of(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    if config is None:
-        raise ValueError(
-            f"model: expected a transformers model, received {type(model).__name__} without a "
-            "config. Pass what AutoModelForCausalLM.from_pretrained returns."
-        )
-    return config
-
-
-def _shape_of(config: Any) -> dict[str, Any]:
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    return {
-        "architecture": config.model_type,
-        "layers": config.num_hidden_layers,
-        "heads": heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-    }
-
-
 def _mean(figures: list[list[float]]) -> float:
     return sum(map(sum, figures)) / sum(map(len, figures))
-
-
-# Reading a file, outermost layer first.
-
-
-def _read_table(file: Any, size: int) -> tuple[dict[str, Any], int]:
-    """The safetensors table and where the data starts."""
-    require(size >= 8, "a safetensors file", f"a file of {size} bytes")
-    length = int.from_bytes(file.read(8), "little")
-    require(
-        2 <= length <= min(size - 8, _MAX_JSON_BYTES),
-        f"a table of 2 to {min(size - 8, _MAX_JSON_BYTES)} bytes",
-        f"one of {length} bytes in a file of {size}",
-    )
-    return _parse_json(file.read(length), "its table"), 8 + length
-
-
-def _read_header(table: dict[str, Any]) -> tuple[dict[str, Any], tuple[Any, Any]]:
-    """The JSON header and its two seals; takes the metadata out of the table."""
-    metadata = table.pop("__metadata__", None)
-    text = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
-    require(
-        isinstance(text, str),
-        f"a header in the file's metadata under {_METADATA_KEY!r}",
-        "a safetensors file without one",
-        "Pass a card written by MaskCard.save_pretrained, not a model's weights.",
-    )
-    header = _parse_json(str(text).encode(), "its header")
-    seals = header.pop("header_sha256", None), header.pop("tensors_sha256", None)
-    _check_header(header)
-    return header, seals
-
-
-def _parse_json(text: bytes, what: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a name that occurs twice")
-        return dict(pairs)
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"the constant {constant}")
-
-    try:
-        parsed = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"mask card: expected JSON in {what}, received something else ({error}). {GET_ANOTHER}"
-        ) from error
-    require(isinstance(parsed, dict), f"a JSON object in {what}", type(parsed).__name__)
-    return parsed
-
-
-def _check_spans(table: dict[str, Any], size: int) -> tuple[Layout, dict[str, tuple[int, int]]]:
-    """Layout and byte span of every tensor; together the spans must tile the data exactly."""
-    layout: Layout = {}
-    spans: dict[str, tuple[int, int]] = {}
-    for name, entry in table.items():
-        require(
-            isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"},
-            f"dtype, shape and data_offsets for {name!r}",
-            str(entry)[:80],
-        )
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        require(
-            isinstance(dtype, str) and dtype in _DTYPES,
-            f"a dtype among {', '.join(_DTYPES)} for {name!r}",
-            str(dtype)[:80],
-        )
-        require(
-            isinstance(shape, list)
-            and len(shape) <= _MAX_DIMENSIONS
-            and all(is_int(n, 1) and n <= size for n in shape),
-            f"a shape of at most {_MAX_DIMENSIONS} positive whole numbers for {name!r}",
-            str(shape)[:80],
-        )
-        need = math.prod(shape) * _DTYPES[dtype].itemsize
-        require(
-            isinstance(offsets, list)
-            and len(offsets) == 2
-            and all(is_int(n, 0) for n in offsets)
-            and offsets[1] <= size
-            and offsets[1] - offsets[0] == need,
-            f"{need} bytes within the {size} bytes of data for {name!r}",
-            f"data_offsets {str(offsets)[:80]}",
-        )
-        layout[name] = _DTYPES[dtype], tuple(shape)
-        spans[name] = offsets[0], offsets[1]
-    end = 0
-    for name, (first, last) in sorted(spans.items(), key=lambda item: item[1]):
-        require(
-            first == end,
-            "tensors that follow each other without gap or overlap",
-            f"{name!r} at byte {first} where {end} is due",
-        )
-        end = last
-    require(end == size, f"{end} bytes of data", f"{size}: the file is cut or has a tail")
-    return layout, spans
-
-
-def _check_header(header: dict[str, Any]) -> None:
-    require(
-        header.get("schema") == SCHEMA and is_int(header.get("schema"), 0),
-        f"schema {SCHEMA}",
-        f"schema {str(header.get('schema'))[:80]}",
-        "Use the dynmask that wrote the card, or calibrate again with this one.",
-    )
-    require(
-        isinstance(header.get("policy"), str) and header["policy"] in POLICIES,
-        f"a policy among {', '.join(POLICIES)}",
-        str(header.get("policy"))[:80],
-        "Use a newer dynmask, or calibrate again with this one.",
-    )
-    require(isinstance(header.get("version"), str), "a version", header.get("version"))
-    model, data, settings = (section(header, name) for name in ("model", "data", "settings"))
-    for field in _MODEL_FIELDS:
-        require(is_int(model.get(field), 1), f"model.{field} of at least 1", model.get(field))
-    for field in ("architecture", "fingerprint"):
-        require(isinstance(model.get(field), str), f"a name in model.{field}", model.get(field))
-    require(
-        model["heads"] % model["kv_heads"] == 0,
-        "heads that are a multiple of kv_heads",
-        f"{model['heads']} and {model['kv_heads']}",
-    )
-    for field in ("documents", "tokens"):
-        require(is_int(data.get(field), 1), f"data.{field} of at least 1", data.get(field))
-    require(isinstance(data.get("sha256"), str), "a hash in data.sha256", data.get("sha256"))
-    length = settings.get("length")
-    require(is_int(length, 2), "settings.length of at least 2", length)
-    kind = POLICIES[header["policy"]]
-    for name in kind.figures:
-        check_figures(name, header.get(name), model["layers"], model["heads"])
-    kind.check_header(header)
-
-
-def _check_layout(header: dict[str, Any], layout: Layout) -> None:
-    expected = POLICIES[header["policy"]].layout(header)
-    require(
-        layout.keys() == expected.keys(),
-        f"the {len(expected)} tensors of {header['model']['layers']} layers",
-        f"missing {sorted(expected.keys() - layout.keys())[:3]}, "
-        f"unknown {sorted(layout.keys() - expected.keys())[:3]}",
-    )
-    for name, (dtype, shape) in expected.items():
-        found_dtype, found = layout[name]
-        fits = len(found) == len(shape) and all(
-            n == m or (m < 0 and 1 <= n <= -m) for n, m in zip(found, shape, strict=True)
-        )
-        wanted = [m if m > 0 else f"1 to {-m}" for m in shape]
-        require(
-            fits and found_dtype == dtype,
-            f"{name} {dtype} {wanted}",
-            f"{found_dtype} {list(found)}",
-        )
-
-
-def _check_values(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    POLICIES[header["policy"]].check_values(header, tensors)
-
-
-def _header_digest(header: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
-
-
-def _tensors_digest(table: dict[str, Any], data: "bytearray | memoryview") -> str:
-    digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode())
-    digest.update(data)
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the target, then rename: an interruption leaves no half-written file."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; a card is as readable as any file of its owner's.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _hub() -> Any:

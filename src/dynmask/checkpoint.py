@@ -1,8 +1,10 @@
-"""Files that interrupted work goes on from: tensors with a description, in safetensors and JSON."""
+"""Files that interrupted work goes on from, and how any file is written: whole or not at all."""
 
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +48,21 @@ def unreadable(path: Path, left: str, error: Exception) -> ValueError:
 
 
 __all__ = ["read_checkpoint", "unreadable"]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside the target, then rename: an interruption leaves no half-written file."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a card is as readable as any file of its owner's.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

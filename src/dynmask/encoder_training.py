@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dynmask.card import write_atomically
-from dynmask.checkpoint import read_checkpoint, unreadable
+from dynmask.checkpoint import read_checkpoint, unreadable, write_atomically
 from dynmask.encoder import BlockEncoder
 from dynmask.encoder_loss import encoder_loss_of
 from dynmask.errors import bad

@@ -20,10 +20,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dynmask.card import SCHEMA, MaskCard, describe_model
+from dynmask.card import MaskCard
+from dynmask.card_file import SCHEMA
 from dynmask.card_kinds import MAX_HIDDEN
 from dynmask.documents import check_document, token_digest, vocabulary_of
 from dynmask.errors import bad
+from dynmask.fingerprints import describe_model
 from dynmask.masks import LifetimeMask
 from dynmask.nn import Retention
 from dynmask.teaching import Heads, Training, measure

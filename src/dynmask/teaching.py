@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from dynmask.card import write_atomically
-from dynmask.checkpoint import read_checkpoint, unreadable
+from dynmask.checkpoint import read_checkpoint, unreadable, write_atomically
 from dynmask.errors import bad
 from dynmask.masks import LifetimeMask
 from dynmask.nn import Retention, retention_loss_of

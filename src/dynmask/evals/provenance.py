@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..card import fingerprint
+from ..fingerprints import fingerprint
 
 __all__ = ["environment", "machine", "model_name"]
 

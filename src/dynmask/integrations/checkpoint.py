@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..card import fingerprint_of, sampled
+from ..fingerprints import fingerprint_of, sampled
 
 DTYPES = {
     "F64": torch.float64,
@@ -56,7 +56,7 @@ def checkpoint_folder(name: str) -> Path | None:
 
 
 def fingerprint_of_files(folder: str | os.PathLike[str]) -> str | None:
-    """What :func:`dynmask.card.fingerprint` says of the model in a folder.
+    """What :func:`dynmask.fingerprints.fingerprint` says of the model in a folder.
 
     Sixteen numbers of each parameter are read. Returns None where files and model name their
     weights differently, so that nothing can be said: converted experts, other formats.
