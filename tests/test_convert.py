@@ -259,7 +259,9 @@ def test_saved_and_loaded(name, tmp_path):
 
 @pytest.fixture
 def reports():
-    """What transformers says while it loads models."""
+    """What transformers says while it loads models; the command line, if it ran, has hushed it."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
     logger, said = logging.getLogger("transformers.modeling_utils"), []
 
     class Ear(logging.Handler):
@@ -270,6 +272,7 @@ def reports():
     logger.addHandler(ear)
     yield said
     logger.removeHandler(ear)
+    transformers.logging.set_verbosity(level)
 
 
 def test_only_tensors_that_nobody_reads_are_reported(name, tmp_path, reports):
