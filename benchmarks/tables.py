@@ -580,9 +580,10 @@ def dma_steps() -> str:
              "than cuDNN | extra memory: ours / cuDNN / FA2 |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for case in cases:
-        ours, cudnn, fa2 = (by[case, name] for name in ("dynmask", "cudnn", "fa2"))
-        memory = " / ".join(f"{row['peak_bytes'] / 1e6:,.0f}" for row in (ours, cudnn, fa2))
-        times = (ours, by[case, "dynmask forward"], cudnn, fa2)
+        names = ("dynmask", "dynmask forward", "cudnn", "fa2")
+        ours, forward, cudnn, fa2 = times = [by.get((case, name), {}) for name in names]
+        peaks = [row.get("peak_bytes") for row in (ours, cudnn, fa2)]
+        memory = " / ".join("-" if peak is None else f"{peak / 1e6:,.0f}" for peak in peaks)
         lines.append(f"| {case.removeprefix('train ')} | {' | '.join(map(_ms, times))} | "
                      f"{_ratio(cudnn, ours)} | {memory} MB |")  # fmt: skip
     return "\n".join(lines)
@@ -594,12 +595,13 @@ def dma_tokens() -> str:
     lines = ["| position | bounded cache | with the host | size | SDPA, full cache | with the host "
              "| size |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for case in cases:
-        cells = [f"{by[case, 'bounded cache']['position']:,}"]
-        for name, size in (("bounded cache", "cache_bytes"), ("sdpa, full cache", "full_bytes")):
-            row = by[case, name]
-            held = by[case, "bounded cache"][size] / 1e6
-            cells += [f"{1e6 * row['device_s']:.0f} us", f"{1e6 * row['median_s']:.0f} us",
-                      f"{held:.1f} MB" if held < 10 else f"{held:,.0f} MB"]  # fmt: skip
+        cells = [case.removeprefix("decode at ")]
+        for name in ("bounded cache", "sdpa, full cache"):
+            row = by.get((case, name), {})
+            times = [row.get("device_s"), row.get("median_s")]
+            cells += ["-" if time is None else f"{1e6 * time:,.0f} us" for time in times]
+            held = row.get("cache_bytes", 0) / 1e6
+            cells.append(f"{held:.1f} MB" if held < 10 else f"{held:,.0f} MB" if held else "-")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -688,8 +690,16 @@ def recall_tries(
         return (*row["case"].values(), row["hidden"], row["seed"])
 
     told = [row for row in rows if "accuracy" in row]
+    if not told:
+        return "nothing was tried yet"
+
+    def spent(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row.get("steps"), row.get("tokens")
+
+    usual = spent(trained_alike(told)[0])
     places = list(dict.fromkeys(map(place, told)))
-    as_ever = [{**row, "trial": "-"} for row in base if row["mixer"] == "dma" and "accuracy" in row]
+    as_ever = [{**row, "trial": "-"} for row in base
+               if row["mixer"] == "dma" and "accuracy" in row and spent(row) == usual]  # fmt: skip
     best: dict[tuple[str, tuple[Any, ...]], float] = {}
     for row in [*as_ever, *told]:
         key = row["trial"], place(row)
@@ -697,8 +707,9 @@ def recall_tries(
     heads = [f"{tokens:,} tokens, w {w}, width {hidden}" for _, tokens, _, w, hidden, _ in places]
     lines = ["| tried | " + " | ".join(heads) + " |", "|" + "---|" * (1 + len(places))]
     names = dict.fromkeys(row["trial"] for row in told)
-    mean = {n: statistics.mean(best[n, at] for at in places if (n, at) in best) for n in names}
-    for name in ["-", *sorted(names, key=mean.__getitem__, reverse=True)]:
+    found = {n: [best[n, at] for at in places if (n, at) in best] for n in names}
+    order = sorted(names, key=lambda n: (len(found[n]), statistics.mean(found[n])), reverse=True)
+    for name in ["-", *order] if as_ever else order:
         cells = [f"{100 * best[name, at]:.1f}" if (name, at) in best else "-" for at in places]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -392,6 +392,7 @@ def tries(steps: int, tokens: int, results: list[dict[str, Any]]) -> list[Cell]:
     cells = []
     for (*case, hidden), trial in itertools.product(TRIED, TRIES):
         found = [row for row in results if row.get("accuracy") and row["seed"] == SEEDS[0]
+                 and (row["steps"], row["tokens"]) == (steps, tokens)
                  and (row["mixer"], row["hidden"]) == ("dma", hidden)
                  and tuple(row["case"].values()) == tuple(asdict(CASES[0]).values())]  # fmt: skip
         best = max(found, key=lambda row: row["accuracy"], default={"rate": RATES[0]})

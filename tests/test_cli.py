@@ -208,6 +208,17 @@ def test_every_setting_of_a_command_is_named_by_its_option(command):
     assert by_options("policy: expected x", own, given) == "--policy: expected x"
 
 
+def test_what_was_typed_stays_and_switches_that_are_off_are_not_given():
+    own = next(x for x in cli.parser()._actions if isinstance(x, argparse._SubParsersAction))
+    given = argparse.Namespace(checkpoint="max_kl", blocks=False)
+    text = "checkpoint: expected what max_kl left, received max_kl, which is none; raise max_kl"
+    assert by_options(text, own.choices["calibrate"], given) == (
+        "--checkpoint: expected what --max-kl left, received max_kl, which is none; raise --max-kl"
+    )
+    text = "blocks: expected query [b, h, q, d], received (1, 2)"
+    assert by_options(text, own.choices["calibrate"], given) == text
+
+
 def test_names_of_the_library_become_options_where_they_are_no_words():
     top = cli.parser()
     (commands,) = (x for x in top._actions if isinstance(x, argparse._SubParsersAction))

@@ -275,6 +275,11 @@ def reports():
     transformers.logging.set_verbosity(level)
 
 
+def test_loading_information_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="output_loading_info: expected False"):
+        load_converted(tmp_path, output_loading_info=True)
+
+
 def test_only_tensors_that_nobody_reads_are_reported(name, tmp_path, reports):
     model = converted(name)
     model.save_pretrained(tmp_path)

@@ -841,6 +841,7 @@ def saved(card, tmp_path_factory):
          "received 'sinks=2'; correct it, or leave it out"),
         ("soft=true,columns=2", "received 'columns=2'; correct it, or leave it out"),
         ("soft", "which does not exist here"),
+        ("guard=0.1,guard=0.2", "expected guard once after a card, received it as '0.1' and '0.2'"),
     ],
 )  # fmt: skip
 def test_text_after_a_card_that_is_no_option_of_it_is_refused(saved, options, message):

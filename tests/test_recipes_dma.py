@@ -373,7 +373,9 @@ def test_tries_are_compared_with_dma_at_its_own_rate():
     ran = (("dma", 0, 0.01, 0.3), ("dma", 0, 0.003, 0.6), ("dma", 1, 0.02, 0.9),
            ("mla", 0, 0.03, 1.0))  # fmt: skip
     rows = [{"mixer": mixer, "hidden": 128, "case": first, "seed": seed, "rate": rate,
-             "accuracy": right} for mixer, seed, rate, right in ran]  # fmt: skip
+             "accuracy": right, "steps": 10, "tokens": 64}
+            for mixer, seed, rate, right in ran]  # fmt: skip
+    rows.append({**rows[0], "rate": 0.04, "accuracy": 1.0, "steps": 99})
     cells = mqar.tries(10, 64, rows)
     assert len({cell.key for cell in cells}) == len(cells) == len(mqar.TRIES) * len(mqar.TRIED)
     assert [cell.trial for cell in cells[: len(mqar.TRIES)]] == list(mqar.TRIES)
@@ -443,14 +445,20 @@ def test_what_is_tried_is_over_when_a_model_is_tested(monkeypatch, trial):
 
 
 def test_tries_stand_under_the_cell_they_are_compared_with():
-    told = {"case": asdict(mqar.CASES[0]), "mixer": "dma", "hidden": 128, "seed": 0}
-    base = [{**told, "accuracy": 0.5}, {**told, "accuracy": 0.625}, {**told, "seed": 1,
-            "accuracy": 0.9}, {**told, "mixer": "mla", "accuracy": 1.0}]  # fmt: skip
+    told = {"case": asdict(mqar.CASES[0]), "mixer": "dma", "hidden": 128, "seed": 0,
+            "steps": 8, "tokens": 64}  # fmt: skip
+    base = [{**told, "steps": 16, "accuracy": 1.0}, {**told, "accuracy": 0.5},
+            {**told, "accuracy": 0.625}, {**told, "seed": 1, "accuracy": 0.9},
+            {**told, "mixer": "mla", "accuracy": 1.0}]  # fmt: skip
     rows = [{**told, "trial": "worse", "accuracy": 0.25}, {**told, "trial": "better",
             "accuracy": 0.75}]  # fmt: skip
     lines = mqar.recall_tries(rows, base).splitlines()
     assert lines[0] == "| tried | 512 tokens, w 32, width 128 |"
     assert lines[2:] == ["| - | 62.5 |", "| better | 75.0 |", "| worse | 25.0 |"]
+    easy = {**told, "case": asdict(mqar.CASES[2]), "trial": "worse", "accuracy": 1.0}
+    lines = mqar.recall_tries([*rows, easy], base[:1]).splitlines()  # trained longer: no peer
+    assert lines[2:] == ["| worse | 25.0 | 100.0 |", "| better | 75.0 | - |"]
+    assert mqar.recall_tries([], base) == "nothing was tried yet"
 
 
 # scaling

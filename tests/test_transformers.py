@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
+from dynmask.integrations.calls import check_asked, note_asked  # noqa: E402
 from dynmask.integrations.convert import convert  # noqa: E402
 from dynmask.integrations.placement import Placement, linear_mask  # noqa: E402
 from dynmask.integrations.tally import sampled_rows  # noqa: E402
@@ -297,51 +298,90 @@ def test_packed_equals_separate(model, policy, monkeypatch):
 SEVERAL = torch.cat([torch.arange(8), torch.arange(12)])[None]
 
 
+def packable(converted, stack, config_type="llama"):
+    """A tiny model under a policy that reads few keys."""
+    model = TINY[config_type]()
+    if converted:
+        return convert(model, width=8, window=2, sinks=1).eval()
+    stack.enter_context(sparsify(model, STREAMING))
+    return model
+
+
 @pytest.mark.parametrize("converted", [False, True])
 @torch.no_grad()
 def test_packed_rows_are_refused_where_transformers_reads_across_them(converted):
-    model = tiny_llama()
     ids, mask = prompt(batch=2, padding=(6, 0))
     ones = torch.ones_like(mask)
     with contextlib.ExitStack() as stack:
-        if converted:
-            convert(model, width=8, window=2, sinks=1)
-        else:
-            stack.enter_context(sparsify(model, STREAMING))
+        model = packable(converted, stack)
 
-        def refused(beside, **given):
-            with pytest.raises(ValueError, match=f"one sequence in each row beside {beside}"):
-                model(ids, **{"position_ids": SEVERAL, **given})
+        def refused(what="position_ids", rows=2, **given):
+            with pytest.raises(ValueError, match=f"{what}: expected one sequence in each row"):
+                model(ids[:rows], **given)
 
-        refused("a cache")
-        refused("a cache", use_cache=True)
-        refused("a cache", past_key_values=DynamicCache(config=model.config), use_cache=False)
-        refused("an attention_mask", attention_mask=ones, use_cache=False)
-        refused("an attention_mask", attention_mask=mask)
-        refused("a cache", position_ids=torch.zeros_like(ids))  # of one token each
-        with pytest.raises(ValueError, match="the ends of 2 sequences alone"):
-            ends = torch.tensor([0, 8, 20], dtype=torch.int32)
-            model(ids, cu_seq_lens_q=ends, cu_seq_lens_k=ends, use_cache=False)
-        # what goes on working: packed alone, padding, gaps, one sequence, a mask of pairs
-        model(ids, position_ids=SEVERAL, use_cache=False)
+        beside = [{}, {"use_cache": True}, {"attention_mask": ones, "use_cache": False},
+                  {"attention_mask": mask}, {"past_key_values": DynamicCache(config=model.config)},
+                  {"past_key_values": StaticCache(config=model.config, max_cache_len=24),
+                   "attention_mask": torch.nn.functional.pad(ones, (0, 4))}]  # fmt: skip
+        for given in beside:
+            refused(position_ids=SEVERAL, **given)
+        refused(position_ids=torch.stack([torch.arange(20), SEVERAL[0]]))
+        ends = torch.tensor([0, 8, 20], dtype=torch.int32)
+        refused("cu_seq_lens", rows=1, cu_seq_lens_q=ends, cu_seq_lens_k=ends, use_cache=False)
+        refused("cu_seq_lens", 1, cu_seq_lens_k=ends, position_ids=torch.arange(20)[None])
+        model(ids)  # what was asked of an earlier call is forgotten
+        ids = ids[:1]
+        packed = model(
+            ids, position_ids=SEVERAL, cu_seq_lens_q=ends, cu_seq_lens_k=ends, use_cache=False
+        ).logits
+        torch.testing.assert_close(packed[:, 8:], model(ids[:, 8:]).logits, **CLOSE)
         model.config.use_cache = False
-        packed = model(ids, position_ids=SEVERAL).logits
-        alone = model(ids[:, 8:]).logits
-        torch.testing.assert_close(packed[:, 8:], alone, **CLOSE)
-        model.config.use_cache = True
-        padded = (mask.cumsum(-1) - 1).clamp(min=0)
-        torch.testing.assert_close(
-            model(ids, attention_mask=mask, position_ids=padded).logits[:, 6:],
-            model(ids, attention_mask=mask, position_ids=padded.masked_fill(mask == 0, 1))
-            .logits[:, 6:], **CLOSE,
-        )  # fmt: skip
-        model(ids, position_ids=2 * torch.arange(20)[None])
+        torch.testing.assert_close(model(ids, position_ids=SEVERAL).logits, packed)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@torch.no_grad()
+def test_packed_rows_are_refused_by_models_that_do_not_look_for_them(converted):
+    ids, _ = prompt(batch=2, padding=())
+    with contextlib.ExitStack() as stack:
+        model = packable(converted, stack, "gpt_oss")
+        with pytest.raises(ValueError, match="if the model's code looks for them"):
+            model(ids, position_ids=SEVERAL, use_cache=False)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@torch.no_grad()
+def test_other_positions_are_not_taken_for_packed_ones(converted):
+    ids, mask = prompt(batch=2, padding=(6, 0))
+    with contextlib.ExitStack() as stack:
+        model = packable(converted, stack)
+        counted = (mask.cumsum(-1) - 1).clamp(min=0)
+        plain = model(ids, attention_mask=mask, position_ids=counted).logits[:, 6:]
+        ones = counted.masked_fill(mask == 0, 1)
+        found = model(ids, attention_mask=mask, position_ids=ones).logits[:, 6:]
+        torch.testing.assert_close(found, plain, **CLOSE)
+        room = StaticCache(config=model.config, max_cache_len=30)
+        longer = torch.nn.functional.pad(mask, (0, 10))
+        found = model(ids, attention_mask=longer, position_ids=ones, past_key_values=room).logits
+        torch.testing.assert_close(found[:, 6:], plain, **CLOSE)
+        behind = torch.cat([torch.arange(15), torch.zeros(5, dtype=torch.long)])[None]
+        found = model(ids, position_ids=behind).logits[:, :15]  # padding that no mask tells of
+        torch.testing.assert_close(found, model(ids[:, :15]).logits, **CLOSE)
+        for positions in (2 * torch.arange(20), torch.arange(20) // 2, torch.zeros(20).long()):
+            model(ids, position_ids=positions[None])
         model(ids, cu_seq_lens_q=torch.tensor([0, 20]))
         model(ids[:, -1:], position_ids=torch.tensor([[3]]))
-    if not converted:
-        with sparsify(model, STREAMING):
+        if not converted:
             blocks = torch.block_diag(*(torch.ones(n, n).tril() for n in (8, 12))).bool()
             model(ids, attention_mask=blocks.expand(2, 1, -1, -1), position_ids=SEVERAL)
+
+
+def test_positions_of_text_beside_those_of_images_are_looked_at():
+    note_asked({"position_ids": SEVERAL.expand(4, 2, -1)})
+    with pytest.raises(ValueError, match="several, packed"):
+        check_asked(Placement.dense(2, 20, 20, None), 20)
+    note_asked({"position_ids": SEVERAL.expand(3, 2, -1)})
+    check_asked(Placement.dense(2, 20, 20, None), 20)
 
 
 def test_packed_rows_train_under_gradient_checkpointing():

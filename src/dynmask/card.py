@@ -259,7 +259,6 @@ tags: [sparse-attention, long-context]
 | settings | {self.settings} |{cost}{scores}
 | density at L {self.length} | {_mean(self.density):.2%} of the causal pairs |
 | attention mass kept | {_mean(self.kept_mass):.2%} |
-| tensors | `{self.digest}` |
 | written by | dynmask {self.header["version"]} |
 
 Density and mass are means over layers and heads, on the calibration documents. The card is for

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .errors import bad
 
+__all__ = ["read_checkpoint", "unreadable", "write_atomically"]
+
 
 def read_checkpoint(path: Path, name: str, left: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Description and tensors of a checkpoint; nothing of it is trusted yet.
@@ -45,9 +47,6 @@ def unreadable(path: Path, left: str, error: Exception) -> ValueError:
         f"{path}, which cannot be read ({type(error).__name__})",
         "Delete it, or name another file.",
     )
-
-
-__all__ = ["read_checkpoint", "unreadable"]
 
 
 def write_atomically(path: Path, content: bytes) -> None:

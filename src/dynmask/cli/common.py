@@ -71,14 +71,19 @@ def by_options(text: str, command: argparse.ArgumentParser, given: argparse.Name
     about = re.match(r"(settings\.)?(\w+): expected ", text)
     if about is None or about[2] not in names:
         return text
-    if about[1] is None and getattr(given, about[2], None) in (None, []):
+    if about[1] is None and getattr(given, about[2], None) in (None, False, []):
         return text
 
     def named(found: re.Match[str]) -> str:
         name = next(group for group in found.groups() if group is not None)
         return names.get(name, found[0])
 
-    return f"{names[about[2]]}: expected {_NAMES.sub(named, text[about.end() :])}"
+    # what was received may be what was typed: it stays
+    expected, received, remedy = re.fullmatch(
+        r"(.*?)(, received .*?)?([.;] .*)?", text[about.end() :], re.DOTALL
+    ).groups("")  # type: ignore[union-attr]
+    told = _NAMES.sub(named, expected) + received + _NAMES.sub(named, remedy)
+    return f"{names[about[2]]}: expected {told}"
 
 
 _NAMES = re.compile(

@@ -18,7 +18,7 @@ from ..policies.base import Glancing, looks_before_rotation
 from ..policies.blocks import Pools
 from .asking import ask, chooses, compute
 from .cache import BoundedCache
-from .calls import NO_CALL, Call, take_call
+from .calls import NO_CALL, Call, check_asked, take_call
 from .checks import check_call
 from .context import Context
 from .gated_cache import GatedCache, GatedLayer, Heads
@@ -132,8 +132,10 @@ class Adapter:
         call = _call_for(policy, module)
         where = self._placement(attention_mask, query, key, sliding_window)
         index = int(module.layer_idx)  # type: ignore[arg-type]
-        if attention_mask is None and index == self._first_layer:
-            check_one_sequence(kwargs.get("position_ids"), query.shape[2])
+        if index == self._first_layer:
+            check_asked(where, query.shape[2])
+            if attention_mask is None:
+                check_one_sequence(kwargs.get("position_ids"), query.shape[2])
         site = Site(module, index, policy, where, scale, s_aux, call)
         if self._context is not None:
             out = self._in_context(self._context, site, query, key, value)

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from ..errors import bad
 from .cache import OwnedCache
+from .placement import Placement
+
+TEXT_AND_IMAGE = 4
+"""Rows of position ids [4, b, n]: those of the text, then time, height and width of images."""
 
 
 class Call(NamedTuple):
@@ -69,6 +73,62 @@ def take_call(module: nn.Module) -> Call:
     if isinstance(call.cache, OwnedCache):
         _noted.last = owner, None
     return call
+
+
+class Asked(NamedTuple):
+    """What a caller of the model says about sequences in its rows.
+
+    Attributes:
+        positions: int [b, n], or None where the model counts.
+        sequences: ends of packed sequences that were passed, less one.
+    """
+
+    positions: Tensor | None
+    sequences: int
+
+
+NOTHING_ASKED = Asked(None, 0)
+
+
+def note_asked(given: dict[str, Any]) -> None:
+    """Remember what a model's forward was called with, for the layers of this thread."""
+    positions = given.get("position_ids")
+    if isinstance(positions, Tensor):
+        if positions.dim() == 3 and len(positions) == TEXT_AND_IMAGE:
+            positions = positions[0]
+        if positions.dim() != 2 or positions.shape[1] < 2:
+            positions = None
+    ends = (given.get("cu_seq_lens_q"), given.get("cu_seq_lens_k"))
+    sequences = max([x.numel() - 1 for x in ends if isinstance(x, Tensor)], default=0)
+    _noted.asked = Asked(positions, sequences)
+
+
+def check_asked(where: Placement, queries: int) -> None:
+    """Raise ValueError where a call reads across sequences that its caller has told apart.
+
+    transformers knows packed sequences by positions that start anew, without a cache and a mask,
+    and in models whose code looks for them. Positions are read from their device, where the caller
+    passed some: a lower one that is counted on from begins a sequence.
+    """
+    positions, sequences = getattr(_noted, "asked", NOTHING_ASKED)
+    apart = "one sequence in each row", "several, packed"
+    remedy = (
+        "Packed ones are told apart by position_ids that start anew, with use_cache=False (or "
+        "config.use_cache = False) and no attention_mask, if the model's code looks for them; "
+        "pass others one by one, or padded."
+    )
+    if sequences > len(where.spans):
+        raise bad("cu_seq_lens", *apart, remedy)
+    if positions is None or positions.shape[1] != queries or positions.is_meta:
+        return
+    if positions.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    table = positions.cpu()
+    for span in where.spans:
+        own = table[min(span.batch, len(table) - 1), span.query_start : span.query_stop]
+        step = own.diff()
+        if bool(((step[:-1] < 0) & (step[1:] > 0)).any()):
+            raise bad("position_ids", *apart, remedy)
 
 
 def arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:

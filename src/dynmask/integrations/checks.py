@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, cache_utils
 
 from ..attention import IMPLS
-from ..errors import bad
 from ..policies import H2O, Gated, Policy
 from ..policies.base import evicts
 from .cache import BoundedLayer
-from .calls import arguments
+from .calls import arguments, note_asked
 from .gated_cache import GatedLayer
 from .heavy_cache import HeavyHitterLayer
 
@@ -165,7 +163,7 @@ def check_forward(module: nn.Module, args: tuple, kwargs: dict, own: tuple[type,
             "output_attentions: expected False, received True; sparse attention forms no "
             "attention maps: ask the model for them with attn_implementation='eager' and no policy"
         )
-    _check_packing(module, given)
+    note_asked(given)
     cache = given.get("past_key_values")
     if cache is None:
         return
@@ -181,58 +179,6 @@ def check_forward(module: nn.Module, args: tuple, kwargs: dict, own: tuple[type,
             f"StaticCache, QuantizedCache), received {type(unknown[0]).__name__}; leave the cache "
             "to generate() or pass a DynamicCache(config=model.config)"
         )
-
-
-def _check_packing(module: nn.Module, given: dict[str, Any]) -> None:
-    """Refuse packed sequences where transformers reads across them.
-
-    It tells them apart by positions that start anew, and only without a cache and a mask. Reading
-    positions waits for their device; they are read where the caller passes some, of several tokens.
-    """
-    remedy = (
-        "Pass position_ids that start anew, use_cache=False (a trainer's model: config.use_cache = "
-        "False) and no attention_mask."
-    )
-    positions, mask = given.get("position_ids"), given.get("attention_mask")
-    ends = given.get("cu_seq_lens_q")
-    if isinstance(ends, Tensor) and ends.numel() > 2 and positions is None:
-        raise bad(
-            "cu_seq_lens_q", "none, or position_ids beside it",
-            f"the ends of {ends.numel() - 1} sequences alone", remedy,
-        )  # fmt: skip
-    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] < 2:
-        return
-    if not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
-        return  # a mask of pairs says what is read
-    if mask is None and not _caches(module, given):
-        return
-    if positions.is_meta or (positions.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
-    anew = positions[:, 1:] <= positions[:, :-1]
-    if mask is not None:
-        token = mask[:, -positions.shape[1] :].to(positions.device) != 0
-        anew = anew & token[:, 1:] & token[:, :-1]  # positions of padding are no one's
-    if bool(anew.any()):
-        beside = "a cache" if mask is None else "an attention_mask"
-        raise bad(
-            "position_ids", f"one sequence in each row beside {beside}", "several, packed", remedy
-        )
-
-
-def _caches(module: nn.Module, given: dict[str, Any]) -> bool:
-    """Whether a forward keeps keys, or is given a cache."""
-    if given.get("past_key_values") is not None:
-        return True
-    if module.training and _recomputes(module):  # transformers keeps no keys then
-        return False
-    use = given.get("use_cache")
-    return bool(getattr(module.config, "use_cache", False) if use is None else use)
-
-
-def _recomputes(module: nn.Module) -> bool:
-    """Whether layers are checkpointed; newer versions of transformers call it otherwise."""
-    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
-    return bool(next((getattr(module, name) for name in names if hasattr(module, name)), False))
 
 
 def check_call(module: nn.Module, dropout: float, softcap: float | None, kwargs: dict) -> None:

@@ -412,12 +412,20 @@ def load_converted(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         The converted model, in evaluation mode, its scores in float32.
 
     Raises:
-        ValueError: a folder without settings or without the scores of every layer.
+        ValueError: a folder without settings or without the scores of every layer, or loading
+            information that is asked for.
     """
     path = Path(path)
+    if kwargs.get("output_loading_info"):
+        raise bad(
+            "output_loading_info", "False, for the model alone is returned", True, "Leave it out."
+        )
     settings = settings_of(path)
     given = kwargs.get("config")
-    config = transformers.AutoConfig.from_pretrained(path) if given is None else given
+    if given is None:
+        code = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
+        given = transformers.AutoConfig.from_pretrained(path, **code)
+    config = given
     names = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
     kind = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
     model = _load_quietly(kind, path, kwargs)

@@ -27,7 +27,7 @@ from ..scores import score_values
 from . import placement
 from .adapter import Adapter, Site
 from .cache import BoundedCache, BoundedLayer
-from .calls import Call
+from .calls import Call, check_asked
 from .checks import PREFIX, check_call, check_forward, check_model, check_settings, configs
 from .masking import _packed
 
@@ -192,6 +192,8 @@ class DogeRun(Adapter):
         window = module.config.sliding_window
         where = self._placement(attention_mask, query, key, window)
         index, call = int(module.layer_idx or 0), Call(past_key_values, None, None)
+        if index == self._first_layer:
+            check_asked(where, query.shape[2])
         site = Site(module, index, self.policy, where, module.scaling, None, call)
         if isinstance(past_key_values, BoundedCache):
             if window is not None:

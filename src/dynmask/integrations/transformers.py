@@ -62,11 +62,12 @@ def sparsify(
             model.generate(**inputs)
 
     Batches may be padded on the left, padded on the right (without a cache to continue from) or
-    packed by restarting position_ids (where the architecture's own attention understands that;
-    gpt-oss does not). Each sequence is treated as if it were alone. Sliding layers keep their
-    window, attention sinks of the model stay. Gradients flow to the model's weights; the choice
-    of keys is a constant. With gradient checkpointing, call ``backward`` before the run is
-    removed: it computes the forward pass again.
+    packed by restarting position_ids (without a cache and a mask, where the architecture's own
+    code looks for that; gpt-oss's does not; others are refused). Each sequence is treated as if
+    it were alone. Sliding layers keep their window, attention sinks of the model stay.
+    Gradients flow to the model's weights; the choice of keys is a constant. With gradient
+    checkpointing, call ``backward`` before the run is removed: it computes the forward pass
+    again.
 
     Threads may generate at the same time, with models of their own or with this one: what belongs
     to a call is in its arguments and its cache, so give every thread a cache of its own. The

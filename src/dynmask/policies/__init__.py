@@ -144,6 +144,11 @@ def split_card(rest: str, name: str = Retained.name) -> tuple[str, dict[str, str
     known = CARD_OPTIONS.get(name, {})
     for item in items:
         field, equals, text = item.partition("=")
+        if equals and field in options:
+            raise ValueError(
+                f"policy {name}: expected {field} once after a card, received it as "
+                f"{options[field]!r} and {text!r}; leave one of them out"
+            )
         if equals and field in known:
             options[field] = text
             continue
