@@ -581,7 +581,7 @@ def dma_steps() -> str:
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for case in cases:
         names = ("dynmask", "dynmask forward", "cudnn", "fa2")
-        ours, forward, cudnn, fa2 = times = [by.get((case, name), {}) for name in names]
+        ours, _, cudnn, fa2 = times = [by.get((case, name), {}) for name in names]
         peaks = [row.get("peak_bytes") for row in (ours, cudnn, fa2)]
         memory = " / ".join("-" if peak is None else f"{peak / 1e6:,.0f}" for peak in peaks)
         lines.append(f"| {case.removeprefix('train ')} | {' | '.join(map(_ms, times))} | "
