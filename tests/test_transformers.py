@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -382,6 +384,17 @@ def test_positions_of_text_beside_those_of_images_are_looked_at():
         check_asked(Placement.dense(2, 20, 20, None), 20)
     note_asked({"position_ids": SEVERAL.expand(3, 2, -1)})
     check_asked(Placement.dense(2, 20, 20, None), 20)
+
+
+@torch.no_grad()
+def test_positions_of_a_caller_are_not_held_after_the_call():
+    model, positions = tiny_llama(), torch.arange(20)[None]
+    held = weakref.ref(positions)
+    with sparsify(model, STREAMING):
+        model(prompt(padding=())[0], position_ids=positions)
+        del positions
+        gc.collect()
+        assert held() is None
 
 
 def test_packed_rows_train_under_gradient_checkpointing():

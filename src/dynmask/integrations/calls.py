@@ -92,12 +92,11 @@ NOTHING_ASKED = Asked(None, 0)
 
 def note_asked(given: dict[str, Any]) -> None:
     """Remember what a model's forward was called with, for the layers of this thread."""
-    positions = given.get("position_ids")
-    if isinstance(positions, Tensor):
-        if positions.dim() == 3 and len(positions) == TEXT_AND_IMAGE:
-            positions = positions[0]
-        if positions.dim() != 2 or positions.shape[1] < 2:
-            positions = None
+    positions: Any = given.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() == 3 and len(positions) == TEXT_AND_IMAGE:
+        positions = positions[0]
+    if not (isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1):
+        positions = None
     ends = (given.get("cu_seq_lens_q"), given.get("cu_seq_lens_k"))
     sequences = max([x.numel() - 1 for x in ends if isinstance(x, Tensor)], default=0)
     _noted.asked = Asked(positions, sequences)
@@ -111,6 +110,7 @@ def check_asked(where: Placement, queries: int) -> None:
     passed some: a lower one that is counted on from begins a sequence.
     """
     positions, sequences = getattr(_noted, "asked", NOTHING_ASKED)
+    _noted.asked = NOTHING_ASKED  # once a call; and no tensor of the caller's is held
     apart = "one sequence in each row", "several, packed"
     remedy = (
         "Packed ones are told apart by position_ids that start anew, with use_cache=False (or "
