@@ -506,6 +506,10 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="toy sizes: does it run through?")
     parser.add_argument("--commit", help="what is run, where git cannot tell")
     options = parser.parse_args()
+    for option in ("hidden", "mixers", "plot") if options.tries else ():
+        if getattr(options, option) != parser.get_default(option):
+            parser.error(f"--{option}: expected none with --tries, whose cells are its own and "
+                         "are not drawn; leave it out")  # fmt: skip
     name = "mqar_tries.jsonl" if options.tries else "mqar.jsonl"
     options.results = options.results or RESULTS / name
     if options.smoke:

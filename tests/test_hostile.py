@@ -103,7 +103,7 @@ def test_a_pickled_converted_model_runs_in_a_new_process():
     model, (ids, _) = converted(), prompt(padding=())
     with torch.no_grad():
         content = pickle.dumps((model, ids, model(ids).logits))
-    code = (
+    code = (  # reads what this test wrote: people pickle models, dynmask reads no pickle
         "import pickle, sys, torch\n"
         "model, ids, logits = pickle.load(sys.stdin.buffer)\n"
         "assert torch.equal(model(ids).logits, logits)"

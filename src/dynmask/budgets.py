@@ -266,13 +266,14 @@ def calibrate_gates(
     if scores is not None and "kept" in tensors:
         own = list(gates.keeping)
         told = scores.header["settings"]
-        header[SCORES] = {"head": told["head"], "hidden": told["hidden"], "layers": own}
-        header[SCORES]["origin"] = {
-            "name": scores.source,
-            "sha256": scores.digest,
+        origin = {
+            "name": scores.source, "sha256": identity["scores"],
             "version": scores.header["version"],
             **{name: scores.header["data"][name] for name in ("documents", "tokens")},
-        }
+        }  # fmt: skip
+        header[SCORES] = {
+            "head": told["head"], "hidden": told["hidden"], "layers": own, "origin": origin,
+        }  # fmt: skip
         for name, tensor in scores.tensors.items():
             place = name.removeprefix("layers.")
             if own[int(place.partition(".")[0])]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .block_grid import BlockGrid
 from .encoder import BlockEncoder
 from .masks.base import check_whole
-from .retention import LATE_ROWS, draw_rows, widened
+from .retention import LATE_ROWS, draw_rows, at_least_float32
 from .summary import NUMBERS_AT_A_TIME, in_blocks
 
 
@@ -94,12 +94,12 @@ def _block_maps(
         most = batch * padded * max(1, 0 if value is None else -(-value.shape[-1] // block))
         step = max(1, NUMBERS_AT_A_TIME // (most * members))
         for g in range(groups):
-            k = in_blocks(widened(key[:, g : g + 1]), first_key, block).flatten(2, 3)
-            v = None if value is None else in_blocks(widened(value[:, g : g + 1]), first_key, block)
+            k = in_blocks(at_least_float32(key[:, g : g + 1]), first_key, block).flatten(2, 3)
+            v = None if value is None else in_blocks(at_least_float32(value[:, g : g + 1]), first_key, block)
             for i in range(len(row)):
                 for a in range(0, block, step):
                     own = slice(a, a + step)
-                    some = widened(query[:, g].index_select(2, row[i, own]))
+                    some = at_least_float32(query[:, g].index_select(2, row[i, own]))
                     hidden = ~grid.reads(position[i, own])
                     found = _row_effects(some, k, v, hidden, factor, block)
                     weight = share[i, own, None].to(wide)
@@ -127,7 +127,7 @@ def encoder_loss(scores: Tensor, effects: Tensor) -> Tensor:
             f"effects: expected the shape of scores {tuple(scores.shape)}, received "
             f"{tuple(effects.shape)}"
         )
-    scores = widened(scores)
+    scores = at_least_float32(scores)
     with torch.no_grad():
         judged = scores > float("-inf")
         judged[..., :-1] &= judged[..., 1:]  # the own block is the last that is visible

@@ -138,7 +138,7 @@ def retention_loss_of(
         0 where the sequence is too short for two keys to be judged.
     """
     _check(query, key, scores, rows, after, late)
-    keys, queries, scores = key.shape[2], query.shape[2], widened(scores)
+    keys, queries, scores = key.shape[2], query.shape[2], at_least_float32(scores)
     sinks = 0
     if protect is not None:
         sinks, after = protect.sinks, max(after, protect.window)
@@ -233,7 +233,7 @@ def keep_retention_loss(score: nn.Module, loss: Tensor) -> None:
         score._retention_loss = loss  # type: ignore[assignment]
 
 
-def widened(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """``x`` in float32, or float64 if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -263,7 +263,7 @@ def _worth(query: Tensor, key: Tensor, drawn: Tensor, after: int, scale: float) 
     groups, keys = key.shape[1:3]
     members = heads // groups
     query = query.detach().view(batch, groups, members, queries, dim)
-    query = widened(query.index_select(3, drawn - (keys - queries))) * scale
+    query = at_least_float32(query.index_select(3, drawn - (keys - queries))) * scale
     k = torch.arange(keys, device=key.device)
     out = torch.zeros(batch, groups, keys, dtype=query.dtype, device=key.device)
     row = batch * members * keys  # logits of one drawn row of one group
@@ -271,7 +271,7 @@ def _worth(query: Tensor, key: Tensor, drawn: Tensor, after: int, scale: float) 
     together = max(1, NUMBERS_AT_A_TIME // max(row * at_once, batch * keys * dim))
     for g in range(0, groups, together):
         own = slice(g, g + together)
-        wide = widened(key[:, own].detach()).mT
+        wide = at_least_float32(key[:, own].detach()).mT
         for r in range(0, len(drawn), at_once):
             position = drawn[r : r + at_once, None]
             some = query[:, own, :, r : r + at_once]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .masks.base import check_whole
-from .retention import widened
+from .retention import at_least_float32
 
 NUMBERS_AT_A_TIME = 2**24
 """Numbers in float32 that are held at a time, beside results: 64 MiB."""
@@ -51,7 +51,7 @@ class BlockSummary:
         cuts = [*range(start - start % block + step, stop, step), stop]
         means, spreads, first = [], [], start
         for last in cuts:
-            part = in_blocks(widened(key[:, :, first - start : last - start]), first, block)
+            part = in_blocks(at_least_float32(key[:, :, first - start : last - start]), first, block)
             held = held_of(first, last, block, key.device)
             mean = part.sum(3) / held.sum(-1)[:, None]
             apart = (part - mean[..., None, :]).masked_fill(~held[..., None], 0)

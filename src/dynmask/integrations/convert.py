@@ -421,11 +421,10 @@ def load_converted(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             "output_loading_info", "False, for the model alone is returned", True, "Leave it out."
         )
     settings = settings_of(path)
-    given = kwargs.get("config")
-    if given is None:
+    config = kwargs.get("config")
+    if config is None:
         code = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
-        given = transformers.AutoConfig.from_pretrained(path, **code)
-    config = given
+        config = transformers.AutoConfig.from_pretrained(path, **code)
     names = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
     kind = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
     model = _load_quietly(kind, path, kwargs)
