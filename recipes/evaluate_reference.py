@@ -37,7 +37,7 @@ KEEP = (
 def policies(model: Any, tokenizer: Any) -> dict[str, Any]:
     """The policies that are compared."""
     import dynmask
-    from dynmask.cli.calibrate import documents
+    from dynmask.cli.texts import documents
     from dynmask.evals.text import haystack_lines
     from dynmask.policies import Gated, Pooled, Streaming, VerticalSlash
 

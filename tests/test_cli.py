@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dynmask import cli
-from dynmask.cli.calibrate import documents, texts
 from dynmask.cli.common import by_options, policy_label, resolve_policy
+from dynmask.cli.texts import documents, texts
 from dynmask.policies import Streaming
 from tests.stand_in import save_stand_in, stand_in_tokenizer
 

@@ -444,6 +444,14 @@ def test_what_is_tried_is_over_when_a_model_is_tested(monkeypatch, trial):
         assert [next(iter(some)).width for some in seen] == [64, 128, 64, 32, 16, 16]
 
 
+@pytest.mark.parametrize("option", [["--hidden", "64"], ["--mixers", "dma"], ["--plot", "a.png"]])
+def test_options_that_say_nothing_to_tries_are_refused(option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mqar.py", "--tries", "--report", *option])
+    with pytest.raises(SystemExit):
+        mqar.main()
+    assert f"{option[0]}: expected none with --tries" in capsys.readouterr().err
+
+
 def test_tries_stand_under_the_cell_they_are_compared_with():
     told = {"case": asdict(mqar.CASES[0]), "mixer": "dma", "hidden": 128, "seed": 0,
             "steps": 8, "tokens": 64}  # fmt: skip

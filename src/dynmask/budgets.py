@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from dynmask.card import MaskCard
 from dynmask.card_file import SCHEMA
 from dynmask.card_kinds import ENCODER_TENSORS, SCORES, slashes_in
-from dynmask.checkpoint import unreadable, write_atomically
 from dynmask.documents import check_document, token_digest, vocabulary_of
 from dynmask.encoder_training import EncoderTraining
 from dynmask.errors import bad
@@ -45,14 +44,12 @@ from dynmask.gated_settings import (
 )
 from dynmask.judge import Judge, measure
 from dynmask.policies.gated import Gates
+from dynmask.trials import Trials, known_of
 
 __all__ = [
     "BLOCK_BUDGETS", "BUDGETS", "KEPT_BUDGETS", "SLASH_BUDGETS", "WITH_BLOCKS", "WITH_KEPT",
     "WITH_SLASHES", "Budget", "GatedSettings", "calibrate_gates", "choose_gates", "offered",
-    "read_journal",
 ]  # fmt: skip
-
-_JOURNAL = "dynmask_budgets"
 
 
 def choose_gates(
@@ -205,7 +202,7 @@ def calibrate_gates(
         judge.scores = tuple(None if m is None else m.to(judge.device) for m in modules)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
-        judge.known, judge.above = _known(path, identity)
+        judge.known, judge.above = known_of(path, identity)
     lessons = None
     if settings.encoder:
         lessons = EncoderTraining(model, judge.documents, settings, seed, description)
@@ -220,7 +217,7 @@ def calibrate_gates(
             beside = None if path is None else path.with_name(f"{path.name}.encoder")
             lessons.run(beside, identity, progress)
             judge.encoders, figures = lessons.judge()
-        with _Progress(judge, path, identity, progress) as cost:
+        with Trials(judge, path, identity, progress) as cost:
             gates, allowed = _search(judge, cost, settings, which, description)
             kl = cost(gates, math.inf)
         hard = judge.divergence(replace(judge.policy(gates), soft=False)) if settings.soft else None
@@ -406,76 +403,3 @@ def _search(
         else:
             low = middle
     return gates, high
-
-
-class _Progress:
-    """The cost, with a progress bar of trials, and a journal that is written as they come."""
-
-    def __init__(self, judge: Judge, path: Path | None, identity: Any, shown: bool) -> None:
-        from tqdm.auto import tqdm
-
-        self.judge, self.path, self.identity = judge, path, identity
-        self.bar = tqdm(desc="trials", unit="trial", disable=not shown)
-
-    def __enter__(self) -> Callable[[Gates, float], float]:
-        """Return the cost."""
-        if self.path is not None:
-            self._write()  # a path that cannot be written fails before the work
-        return self._cost
-
-    def __exit__(self, *error: object) -> None:
-        """Leave the journal whole, also on Ctrl-C."""
-        self.bar.close()
-        if self.path is not None:
-            self._write()
-
-    def _cost(self, gates: Gates, most: float) -> float:
-        before = self._measured()
-        found = self.judge.cost(gates, most)
-        self.bar.update()
-        self.bar.set_postfix_str(f"kl {found:.4f}")
-        if self.path is not None and self._measured() > before and self._measured() % 20 == 0:
-            self._write()
-        return found
-
-    def _measured(self) -> int:
-        """Gates of which something is known."""
-        return len(self.judge.known) + len(self.judge.above)
-
-    def _write(self) -> None:
-        assert self.path is not None
-        content = {
-            _JOURNAL: 2, "identity": self.identity,
-            "known": self.judge.known, "above": self.judge.above,
-        }  # fmt: skip
-        write_atomically(self.path, json.dumps(content).encode())
-
-
-def read_journal(path: Path) -> tuple[Any, list[dict[str, float]]]:
-    """Which calibration an earlier one was, what it measured, and what it knows to be above.
-
-    Raises:
-        ValueError: another file.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = [
-            {str(name): float(kl) for name, kl in content[kind].items()}
-            for kind in ("known", "above")
-        ]
-        return content["identity"] if content[_JOURNAL] == 2 else None, known
-    except Exception as error:
-        raise unreadable(path, "a calibration of gates", error) from error
-
-
-def _known(path: Path, identity: Any) -> list[dict[str, float]]:
-    """What an earlier run of the same calibration measured, and what it knows to be above."""
-    its, known = read_journal(path)
-    if its != identity:
-        raise bad(
-            "checkpoint",
-            "one of the same model, documents, settings and seed",
-            f"{path}, which is of another run",
-            "Delete it, or name another file.",
-        )
-    return known

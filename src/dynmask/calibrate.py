@@ -94,7 +94,7 @@ def check_checkpoint(policy: str, path: str | os.PathLike[str] | None) -> None:
     Raises:
         ValueError: a file of another kind, or a damaged one.
     """
-    from dynmask import budgets, encoder_training, teaching
+    from dynmask import encoder_training, teaching, trials
     from dynmask.checkpoint import read_checkpoint
 
     if path is None:
@@ -104,7 +104,7 @@ def check_checkpoint(policy: str, path: str | os.PathLike[str] | None) -> None:
     if policy == "retained" and file.exists():
         read_checkpoint(file, teaching.CHECKPOINT, teaching.LEFT)
     if policy == "gated" and file.exists():
-        budgets.read_journal(file)
+        trials.read_journal(file)
     if policy == "gated" and beside.exists():
         read_checkpoint(beside, encoder_training.CHECKPOINT, encoder_training.LEFT)
 

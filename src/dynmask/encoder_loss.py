@@ -10,7 +10,7 @@ from torch import Tensor
 from .block_grid import BlockGrid
 from .encoder import BlockEncoder
 from .masks.base import check_whole
-from .retention import LATE_ROWS, draw_rows, at_least_float32
+from .retention import LATE_ROWS, at_least_float32, draw_rows
 from .summary import NUMBERS_AT_A_TIME, in_blocks
 
 
@@ -95,7 +95,11 @@ def _block_maps(
         step = max(1, NUMBERS_AT_A_TIME // (most * members))
         for g in range(groups):
             k = in_blocks(at_least_float32(key[:, g : g + 1]), first_key, block).flatten(2, 3)
-            v = None if value is None else in_blocks(at_least_float32(value[:, g : g + 1]), first_key, block)
+            v = (
+                None
+                if value is None
+                else in_blocks(at_least_float32(value[:, g : g + 1]), first_key, block)
+            )
             for i in range(len(row)):
                 for a in range(0, block, step):
                     own = slice(a, a + step)

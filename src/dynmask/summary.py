@@ -51,7 +51,9 @@ class BlockSummary:
         cuts = [*range(start - start % block + step, stop, step), stop]
         means, spreads, first = [], [], start
         for last in cuts:
-            part = in_blocks(at_least_float32(key[:, :, first - start : last - start]), first, block)
+            part = in_blocks(
+                at_least_float32(key[:, :, first - start : last - start]), first, block
+            )
             held = held_of(first, last, block, key.device)
             mean = part.sum(3) / held.sum(-1)[:, None]
             apart = (part - mean[..., None, :]).masked_fill(~held[..., None], 0)
